@@ -1,0 +1,196 @@
+"""config.json -> Config: which LLaMA/Qwen this is, and a refusal for every wiring that model.py does not compute.
+
+Families differ in four things only: biases on q/k/v (Qwen1.5, 2, 2.5), norms on queries and keys (Qwen3), the RoPE
+frequencies (LLaMA 3.1, 3.2), and how many key/value heads there are. All are read from fields of config.json; a name
+or a path never decides.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+WIDE = "flattened_wide"  # model_type of a checkpoint whose blocks differ in width; see Config.widths
+LIMIT = 64 * 2**20       # bytes; no honest JSON file of a checkpoint is larger
+
+# Fields that switch on wiring we do not compute, each with the values under which it is off.
+OFF = {
+    "attention_bias": (None, False), "mlp_bias": (None, False), "use_qk_norm": (None, False),
+    "partial_rotary_factor": (None, 1), "quantization_config": (None, {}), "clip_qkv": (None,),
+    "num_experts": (None, 0, 1), "num_local_experts": (None, 0, 1), "n_routed_experts": (None, 0),
+    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "query_pre_attn_scalar": (None,),
+    "embedding_multiplier": (None, 1), "residual_multiplier": (None, 1), "attention_multiplier": (None, 1),
+    "logits_scaling": (None, 1), "scale_emb": (None, 1), "scale_depth": (None, 1),
+    "use_parallel_residual": (None, False), "parallel_attn": (None, False),
+}
+ROPE_NUMBERS = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError names the file if it is too large, not UTF-8, not JSON or not an object."""
+    if path.stat().st_size > LIMIT:
+        raise ValueError(f"{path} is larger than {LIMIT >> 20} MB; a checkpoint's JSON files are not")
+    try:
+        data = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(data).__name__}")
+    return data
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers that shape a model, under the names config.json gives them."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None     # {"rope_type": "linear" | "llama3", ...}; None is plain RoPE
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    max_position_embeddings: int | None  # longest text the model was made for, in tokens
+    sliding_window: int | None    # longest text, in tokens, on which a sliding window and full attention agree
+    layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention", one for each block
+    widths: tuple[int, ...]       # block i is widths[i] ordinary blocks side by side: all 1, except in a wide checkpoint
+
+    @classmethod
+    def read(cls, path: Path) -> "Config":
+        """Config of the checkpoint folder `path`; ValueError names the field that is missing, wrong or not supported."""
+        try:
+            return cls.parse(read_json(Path(path) / "config.json"))
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}/config.json: {error}") from None
+
+    @classmethod
+    def parse(cls, raw: dict) -> "Config":
+        """Config from the object in config.json, of either layout (rope_theta + rope_scaling, or rope_parameters)."""
+        model_type = raw.get("base_model_type") if raw.get("model_type") == WIDE else raw.get("model_type")
+        refuse_unsupported(raw, model_type)
+        heads, layers = size(raw, "num_attention_heads"), size(raw, "num_hidden_layers")
+        hidden, theta_and_scaling = size(raw, "hidden_size"), rope(raw)
+        kv_heads = size(raw, "num_key_value_heads", heads)
+        head_dim = size(raw, "head_dim", 128 if model_type == "qwen3" else hidden // heads)
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, "
+                             f"and head_dim {head_dim} even")
+        window, types = attention_kinds(raw, model_type, layers)
+        return cls(size(raw, "vocab_size"), hidden, size(raw, "intermediate_size"), layers, heads, kv_heads, head_dim,
+                   number(raw, "rms_norm_eps", 1e-6), *theta_and_scaling, bool(raw.get("tie_word_embeddings", False)),
+                   qkv_bias=model_type == "qwen2", qk_norm=model_type == "qwen3",
+                   max_position_embeddings=raw.get("max_position_embeddings"), sliding_window=window,
+                   layer_types=types, widths=block_widths(raw, layers))
+
+    def block_shapes(self, width: int = 1) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of a block that is `width` ordinary blocks wide, under its checkpoint name."""
+        C, F = self.hidden_size, self.intermediate_size * width
+        Q, K = self.num_attention_heads * self.head_dim * width, self.num_key_value_heads * self.head_dim * width
+        shapes = {"input_layernorm.weight": (C,), "post_attention_layernorm.weight": (C,),
+                  "self_attn.q_proj.weight": (Q, C), "self_attn.k_proj.weight": (K, C),
+                  "self_attn.v_proj.weight": (K, C), "self_attn.o_proj.weight": (C, Q),
+                  "mlp.gate_proj.weight": (F, C), "mlp.up_proj.weight": (F, C), "mlp.down_proj.weight": (C, F)}
+        if self.qkv_bias:
+            shapes |= {f"self_attn.{p}_proj.bias": (n,) for p, n in (("q", Q), ("k", K), ("v", K))}
+        if self.qk_norm:
+            shapes |= {f"self_attn.{p}_norm.weight": (self.head_dim * width,) for p in "qk"}
+        return shapes
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor outside the blocks, under its checkpoint name."""
+        table = (self.vocab_size, self.hidden_size)
+        return {"model.embed_tokens.weight": table, "model.norm.weight": (self.hidden_size,),
+                **({} if self.tie_word_embeddings else {"lm_head.weight": table})}
+
+    def block_parameters(self) -> int:
+        """Parameters of one ordinary block."""
+        return sum(math.prod(shape) for shape in self.block_shapes().values())
+
+    def parameters(self) -> int:
+        """Parameters of the ordinary model: embeddings and head included, tied ones counted once."""
+        return (sum(math.prod(shape) for shape in self.outer_shapes().values())
+                + self.num_hidden_layers * self.block_parameters())
+
+
+def refuse_unsupported(raw: dict, model_type: str | None) -> None:
+    """ValueError with the field's name if config.json asks for anything that model.py does not compute."""
+    for field, off in OFF.items():
+        if field in raw and raw[field] not in off and not (field == "attention_bias" and model_type == "qwen2"):
+            raise ValueError(f"{field} = {json.dumps(raw[field])[:80]} is not supported (only {json.dumps(off[-1])})")
+    if not all(raw.get("no_rope_layers") or ()):
+        raise ValueError("no_rope_layers marks blocks without position encoding; they are not supported")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported, only {', '.join(FAMILIES)} "
+                         "(others differ in wiring: post-norms, experts, parallel blocks)")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only silu")
+
+
+def number(raw: dict, field: str, default: float | None = None) -> float:
+    """A positive number from config.json; ValueError if it is anything else."""
+    value = default if raw.get(field) is None else raw[field]
+    if value is None:
+        raise ValueError(f"{field} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{field} must be a positive number; got {json.dumps(value)[:80]}")
+    return value
+
+
+def size(raw: dict, field: str, default: int | None = None) -> int:
+    """A positive integer from config.json, below 2^31; ValueError if it is anything else."""
+    value = number(raw, field, default)
+    if not isinstance(value, int) or value >= 2**31:
+        raise ValueError(f"{field} must be a positive integer; got {json.dumps(value)[:80]}")
+    return value
+
+
+def rope(raw: dict) -> tuple[float, dict | None]:
+    """(rope_theta, rope_scaling or None), from the old fields of those names or from the newer rope_parameters."""
+    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    scaling = raw.get(field) or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        raise ValueError(f"{field} must be one flat object for all blocks; got {json.dumps(scaling)[:80]}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_NUMBERS:
+        raise ValueError(f"{field}: rope_type {kind!r} is not supported, only {', '.join(ROPE_NUMBERS)}")
+    if scaling.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{field}: partial_rotary_factor {scaling['partial_rotary_factor']} is not supported")
+    numbers = {name: number(scaling, name) for name in ROPE_NUMBERS[kind]}
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise ValueError(f"{field}: low_freq_factor must be smaller than high_freq_factor")
+    theta = number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
+    return theta, {"rope_type": kind, **numbers} if numbers else None
+
+
+def attention_kinds(raw: dict, model_type: str, layers: int) -> tuple[int | None, tuple[str, ...]]:
+    """(sliding window or None, kind of attention of each block). A window that no block uses is None."""
+    window = None if raw.get("sliding_window") is None else size(raw, "sliding_window")
+    first = 0  # the first block that slides
+    if model_type in ("qwen2", "qwen3"):
+        window = window if raw.get("use_sliding_window", False) else None
+        first = raw.get("max_window_layers", 28)
+    types = raw.get("layer_types")
+    if types is None:
+        types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types must hold {layers} times full_attention or sliding_attention; "
+                         f"got {json.dumps(types)[:80]}")
+    if "sliding_attention" not in types:
+        return None, tuple(types)
+    return size(raw, "sliding_window"), tuple(types)
+
+
+def block_widths(raw: dict, layers: int) -> tuple[int, ...]:
+    """How many ordinary blocks wide each block is: all 1, except in a checkpoint written by flatten.py --keep-wide."""
+    widths = raw.get("block_widths") if raw.get("model_type") == WIDE else [1] * layers
+    if not isinstance(widths, list) or len(widths) != layers or not all(type(w) is int and 0 < w < 2**15 for w in widths):
+        raise ValueError(f"block_widths must hold {layers} positive integers; got {json.dumps(widths)[:80]}")
+    return tuple(widths)

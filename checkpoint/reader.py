@@ -1,0 +1,120 @@
+"""Read a checkpoint folder in Hugging Face layout, lazily, block by block, from safetensors files only.
+
+Tensors come as views of the memory-mapped file: a model larger than memory costs the block being looked at.
+"""
+import math
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from checkpoint.config import WIDE, Config, read_json
+
+Weights = dict[str, Tensor]  # checkpoint name -> tensor; inside a block without the "model.layers.N." in front
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint:
+    """A checkpoint folder whose config, files, names, shapes and dtypes have been checked; no tensor is read yet.
+
+    Errors are ValueErrors of one line: not a checkpoint, unsupported wiring (which field), a missing or corrupt file,
+    and all missing, unexpected and misshapen tensors at once.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"{path}: no such folder; expected one with config.json and *.safetensors files")
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"{path} is not a checkpoint: it has no config.json")
+        self.raw = read_json(self.path / "config.json")
+        self.config = Config.read(self.path)
+        self.is_wide = self.raw.get("model_type") == WIDE
+        self._files = {}
+        self._where = self._locate()                  # tensor name -> open file
+        self._check_tensors()
+        name = "model.embed_tokens.weight"
+        self.dtype = DTYPES[self._where[name].get_slice(name).get_dtype()]
+
+    def block(self, i: int) -> Weights:
+        """Block i's tensors under their names inside the block ("self_attn.q_proj.weight"), on the CPU, as stored."""
+        return {name: self._read(f"model.layers.{i}.{name}") for name in self.config.block_shapes()}
+
+    def outer(self) -> Weights:
+        """The tensors outside the blocks (embeddings, final norm, head unless tied), on the CPU, as stored."""
+        weights = {name: self._read(name) for name in self.config.outer_shapes()}
+        if "lm_head.weight" in self._where and "lm_head.weight" not in weights:
+            if not torch.equal(self._read("lm_head.weight"), weights["model.embed_tokens.weight"]):
+                raise ValueError(f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from "
+                                 "model.embed_tokens.weight; set it to false or delete lm_head.weight")
+        return weights
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that this config asks for."""
+        return self.config.outer_shapes() | {
+            f"model.layers.{i}.{name}": shape for i, width in enumerate(self.config.widths)
+            for name, shape in self.config.block_shapes(width).items()}
+
+    def size(self) -> tuple[int, int]:
+        """(parameters, bytes) of the tensors on disk that the model uses, counted from the files."""
+        counts = [(math.prod(piece.get_shape()), DTYPES[piece.get_dtype()].itemsize)
+                  for name in self.expected() for piece in [self._where[name].get_slice(name)]]
+        return sum(n for n, _ in counts), sum(n * width for n, width in counts)
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            return self._where[name].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: cannot read {name} ({error})") from None
+
+    def _open(self, filename: str):
+        """An opened file of the folder; its header and length are checked here."""
+        path = PurePosixPath(filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in filename or ":" in filename:
+            raise ValueError(f"{self.path}: the index names {filename!r}, which is outside the folder")
+        if filename not in self._files:
+            if not (self.path / path).is_file():
+                raise ValueError(f"{self.path}: {filename} is missing; download the checkpoint again")
+            try:
+                self._files[filename] = safe_open(self.path / path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.path / path} is truncated or corrupt ({error}); download it again") from None
+        return self._files[filename]
+
+    def _locate(self) -> dict:
+        """Tensor name -> open file, from the single file or from the index of the shards."""
+        if (self.path / "model.safetensors").is_file():
+            file = self._open("model.safetensors")
+            return dict.fromkeys(file.keys(), file)
+        index = self.path / "model.safetensors.index.json"
+        if not index.is_file():
+            pickles = sorted(p.name for pattern in PICKLES for p in self.path.glob(pattern))
+            if pickles:
+                raise ValueError(
+                    f"{self.path} holds only pickle files ({pickles[0]}), which can run code and are never opened; convert "
+                    "them where you trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
+                    "M.from_pretrained('OLD').save_pretrained('NEW')\"")
+            raise ValueError(f"{self.path} is not a checkpoint: neither model.safetensors nor {index.name} is there")
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{index}: weight_map must map tensor names to file names")
+        where = {name: self._open(file) for name, file in places.items()}
+        present = {name: set(file.keys()) for name, file in self._files.items()}
+        return {name: file for name, file in where.items() if name in present[places[name]]}
+
+    def _check_tensors(self) -> None:
+        """ValueError that lists every missing, unexpected, misshapen or unreadable tensor."""
+        expected, found = self.expected(), self._where
+        harmless = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # old LLaMA files; recomputed here
+        harmless |= {"lm_head.weight"} & (found.keys() - expected.keys())            # a second copy of a tied head
+        problems = [("missing", sorted(expected.keys() - found.keys())),
+                    ("unexpected", sorted(found.keys() - expected.keys() - harmless))]
+        slices = {name: found[name].get_slice(name) for name in sorted(expected.keys() & found.keys())}
+        problems.append(("of the wrong shape", [f"{name} {tuple(s.get_shape())} instead of {expected[name]}"
+                                                for name, s in slices.items() if tuple(s.get_shape()) != expected[name]]))
+        problems.append((f"of a type other than {'/'.join(DTYPES)}", [f"{name} {s.get_dtype()}" for name, s in slices.items()
+                                                                     if s.get_dtype() not in DTYPES]))
+        if report := [f"{len(names)} tensors {what}: {', '.join(names)}" for what, names in problems if names]:
+            raise ValueError(f"{self.path}: the files do not hold what config.json describes; {'; '.join(report)}")

@@ -1,0 +1,145 @@
+"""Write a checkpoint folder block by block, so that it appears under its final name complete or not at all."""
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from checkpoint.config import WIDE
+from checkpoint.reader import Checkpoint, Weights
+
+SHARD = 64 * 2**20  # bytes collected before a file is written; a block of a large model is a file of its own
+COPIED = ("tokenizer*", "*.tiktoken", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+          "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+class Writer:
+    """`with Writer(out, source) as writer:` builds the folder beside `out`; writer.finish(...) puts it in place.
+
+    Without finish (an error, Ctrl-C) nothing is left behind. Everything that can be known to fail later, such as an
+    existing output or a full disk, is a ValueError at the start.
+    """
+
+    def __init__(self, out: str | Path, source: Checkpoint, overwrite: bool = False):
+        self.out, self.source, self.overwrite = Path(out), source, overwrite
+        check_output(self.out, source.path, overwrite)
+        self.pending, self.pending_bytes, self.shards, self.blocks = {}, 0, [], 0
+
+    def __enter__(self) -> "Writer":
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        need, free = self.source.size()[1], shutil.disk_usage(self.out.parent).free
+        if free < need:
+            raise ValueError(f"the disk of {self.out} has {free / 1e9:.2f} GB free and the result may need "
+                             f"{need / 1e9:.2f} GB; free some or choose another --out")
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
+        return self
+
+    def __exit__(self, *error) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)  # gone already if finish renamed it
+
+    def add(self, block: Weights) -> None:
+        """Append a block, its tensors under their names inside the block."""
+        self._collect({f"model.layers.{self.blocks}.{name}": tensor for name, tensor in block.items()})
+        self.blocks += 1
+
+    def finish(self, groups: list[list[int]], record: dict, wide: bool = False) -> dict:
+        """Write what surrounds the blocks, add the counted sizes to `record` (flatten.json), move the folder in place.
+
+        groups[k] are the source's blocks that became block k. Returns the completed record.
+        """
+        self._collect(self.source.outer())
+        self._flush()
+        self._name_shards()
+        write_json(self.folder / "config.json", new_config(self.source, groups, wide))
+        for path in sorted({path for pattern in COPIED for path in self.source.path.glob(pattern) if path.is_file()}):
+            shutil.copyfile(path, self.folder / path.name)
+        before, after = self.source.size()[0], Checkpoint(self.folder).size()[0]
+        record = record | {"parameters_before": before, "parameters_after": after,
+                           "ratio_reached": round(1 - after / before, 6)}
+        write_json(self.folder / "flatten.json", record)
+        self.folder.chmod(0o755)                        # mkdtemp's folders are private
+        publish(self.folder, self.out, self.overwrite)
+        return record
+
+    def _collect(self, tensors: Weights) -> None:
+        self.pending |= tensors
+        self.pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self.pending_bytes >= SHARD:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.pending:
+            path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in self.pending.items()}, path, {"format": "pt"})
+            self.shards.append((path, {name: tensor.nbytes for name, tensor in self.pending.items()}))
+        self.pending, self.pending_bytes = {}, 0
+
+    def _name_shards(self) -> None:
+        """Give the files their names, which hold their number, and write the index if there are several."""
+        total = len(self.shards)
+        if total == 1:
+            self.shards[0][0].rename(self.folder / "model.safetensors")
+            return
+        places, size = {}, 0
+        for k, (path, tensors) in enumerate(self.shards, 1):
+            name = f"model-{k:05d}-of-{total:05d}.safetensors"
+            path.rename(self.folder / name)
+            places |= dict.fromkeys(tensors, name)
+            size += sum(tensors.values())
+        write_json(self.folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Readable JSON with the keys in the order given."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def new_config(source: Checkpoint, groups: list[list[int]], wide: bool) -> dict:
+    """The source's config.json with the new number of blocks; lists with one entry a block keep each group's first.
+
+    A wide checkpoint gets a model_type of its own, so that no library takes it for an ordinary one.
+    """
+    config = dict(source.raw)
+    config["num_hidden_layers"] = len(groups)
+    for field in ("layer_types", "no_rope_layers"):
+        if isinstance(config.get(field), list):
+            config[field] = [config[field][group[0]] for group in groups]
+    if isinstance(config.get("max_window_layers"), int):
+        config["max_window_layers"] = sum(group[0] < source.raw["max_window_layers"] for group in groups)
+    for field in ("block_widths", "base_model_type", "base_architectures"):
+        config.pop(field, None)
+    if wide:
+        config |= {"model_type": WIDE, "base_model_type": source.raw["model_type"], "architectures": ["FlattenedWide"],
+                   "base_architectures": source.raw.get("architectures"),
+                   "block_widths": [len(group) for group in groups]}
+    elif source.is_wide:
+        config |= {"model_type": source.raw["base_model_type"], "architectures": source.raw["base_architectures"]}
+    return config
+
+
+def check_output(out: Path, source: Path, overwrite: bool) -> None:
+    """ValueError unless `out` may be written: not there yet, or replaceable, and apart from the source."""
+    here, there = out.resolve(), source.resolve()
+    if here == there or there in here.parents or here in there.parents:
+        raise ValueError(f"--out {out} and the checkpoint {source} overlap; choose a folder apart from it")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{out} exists already; choose another --out, or replace it with --overwrite")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "flatten.json").is_file()):
+        raise ValueError(f"{out} is not a result of this program (no flatten.json); --overwrite replaces only those")
+
+
+def publish(folder: Path, out: Path, overwrite: bool) -> None:
+    """Move the complete folder to its final name; what was there, if it may be replaced, goes last."""
+    if not overwrite or not out.exists():
+        if out.exists():
+            raise ValueError(f"{out} appeared while this was running; it is left as it is")
+        folder.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    out.rename(old / out.name)
+    folder.rename(out)
+    shutil.rmtree(old)

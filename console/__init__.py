@@ -1,0 +1,60 @@
+"""What a user of the scripts sees besides results: progress on long work, and one line when something is wrong."""
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main(): a user's mistake or an interruption becomes one line on stderr and exit code 2.
+
+    Errors of the user are ValueError, OSError and running out of memory; anything else is a bug, and its traceback is
+    shown. FLATTENGPT_TRACEBACK=1 shows all of them.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a kill, too, cleans up
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has left
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
+        if os.environ.get("FLATTENGPT_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
+            raise
+        hint = "not enough memory; try fewer --samples, a smaller --length, or --max-group 2: " if out_of_memory else ""
+        fail(hint + " ".join(str(error).split()))
+
+
+def fail(message: str) -> None:
+    """Leave with one line on stderr and exit code 2."""
+    print(f"\r\033[Kerror: {message}" if sys.stderr.isatty() else f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def progress(items: Iterable, what: str, total: int) -> Iterator:
+    """Yield the items and keep a line on stderr: how many are done, seconds for each, time left."""
+    start, last, live = time.monotonic(), 0.0, sys.stderr.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        spent = time.monotonic() - start
+        # a terminal gets a line that changes; a log gets one line every half minute and the last
+        if live or spent - last > 30 or (done == total and spent > 1):
+            each, last = spent / done, spent
+            print(f"{chr(13) if live else ''}{what} {done}/{total}   {each:.3g} s each   {each * (total - done):.0f} s left"
+                  + (" \033[K" if live else ""), end="" if live else "\n", file=sys.stderr, flush=True)
+    if live:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def command(script: str, **arguments) -> str:
+    """The command that repeats a run, in full: python SCRIPT --name value ..., flags without value for True."""
+    words = ["python", script]
+    for name, value in arguments.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)

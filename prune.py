@@ -1,0 +1,253 @@
+"""Cut a wide block back to the width of an ordinary one: keep the best heads and channels, and repair the MLP.
+
+Heads (paper section 3.3): a head matters as much as it writes, so its score is the size of what it hands to o_proj times
+the size of the rows of W_O that read it. The unit is a KV head with its query heads, else grouped-query attention breaks.
+
+Channels: with C = E[psi psi^T] over tokens (psi: what the channels hand to down_proj) and a ridge lambda,
+
+    s_i = [ C (C + lambda I)^-1 ]_ii                                          keep the channels of largest s
+    W_down,K  <-  W_down,K + W_down,R C_RK (C_KK + lambda I)^-1               fold the dropped R into the kept K
+
+The ridge leverage s_i is how poorly the other channels can stand in for channel i; the second line (Nystrom) lets them
+do so as well as they can.
+
+    python prune.py --ckpt WIDE            prunes a checkpoint that flatten.py --keep-wide has written
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibrate import Runner, add_arguments, check_finite, compute_dtype, defaults, embed, read_tokens
+from checkpoint.config import Config, read_json
+from checkpoint.reader import Checkpoint, Weights
+from checkpoint.writer import Writer
+from console import progress, run
+
+
+def query_heads_of(kv_heads: Tensor, n_rep: int) -> Tensor:
+    """Query heads served by these KV heads: KV head j serves j*n_rep .. j*n_rep + n_rep-1, so [1, 2], 4 -> [4..11]."""
+    return (kv_heads[:, None] * n_rep + torch.arange(n_rep)).flatten()
+
+
+def rows_of(heads: Tensor, head_dim: int) -> Tensor:
+    """Rows of a projection that belong to these heads. Heads are never cut: RoPE turns channel i with i + head_dim/2."""
+    return query_heads_of(heads, head_dim)
+
+
+def head_importance(sizes: Tensor, o_proj: Tensor, kv_heads: int) -> Tensor:
+    """Score of each KV head with its query heads: sum of E|o_c| * |W_O row c| over their channels. -> (KV,)
+
+    sizes (H*D,) is E|o_c|, o the input of o_proj; o_proj (C, H*D). Paper section 3.3, which leaves open how the vector
+    becomes one number and what a KV head scores: both are sums here.
+    """
+    return (sizes * o_proj.to(sizes).norm(dim=0)).view(kv_heads, -1).sum(1)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest scores, in ascending order; of equals the first."""
+    return scores.sort(descending=True, stable=True).indices[:k].sort().values
+
+
+def keep_kv_heads(scores: Tensor, config: Config) -> Tensor:
+    """KV heads to keep of a wide block, as many as an ordinary block has, wherever they are. scores (m*KV,) -> (KV,)
+
+    With norms on queries and keys (Qwen3) all heads of a block share the two norm weights, which cannot be folded into
+    anything; heads of two blocks cannot share them. So the heads of the best member stay together.
+    """
+    n = config.num_key_value_heads
+    if config.qk_norm:
+        return int(scores.view(-1, n).sum(1).argmax()) * n + torch.arange(n)
+    return best(scores, n)
+
+
+def prune_attention(weights: Weights, kv_heads: Tensor, config: Config) -> Weights:
+    """The block with only these KV heads and their query heads; everything else as it was."""
+    D = config.head_dim
+    queries = query_heads_of(kv_heads, config.num_attention_heads // config.num_key_value_heads)
+    keep = {"q": rows_of(queries, D), "k": rows_of(kv_heads, D), "v": rows_of(kv_heads, D)}
+    pruned = dict(weights)
+    for proj, rows in keep.items():
+        for name in {f"self_attn.{proj}_proj.weight", f"self_attn.{proj}_proj.bias"} & weights.keys():
+            pruned[name] = weights[name][rows]
+    pruned["self_attn.o_proj.weight"] = weights["self_attn.o_proj.weight"][:, keep["q"]]
+    if config.qk_norm:
+        member = kv_heads[:1] // config.num_key_value_heads
+        for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+            pruned[name] = weights[name][rows_of(member, D)]
+    return pruned
+
+
+def absolute_ridge(C: Tensor, multiple: float) -> float:
+    """lambda = multiple * mean eigenvalue of C (F, F); the paper's limitations section uses the multiple 10."""
+    return multiple * float(C.diagonal().double().mean())
+
+
+def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
+    """Lower triangle of C + ridge I in float64. If rounding makes C indefinite, a trace-sized grain of ridge is added."""
+    grain = 1e-12 * float(C.diagonal().double().mean())
+    for extra in (0.0, grain, 1e3 * grain, 1e6 * grain):
+        A = C.double().clone()
+        A.diagonal().add_(ridge + extra)
+        factor, info = torch.linalg.cholesky_ex(A)
+        if int(info) == 0:
+            return factor
+    raise ValueError("the channel statistics are not positive definite (NaN, or all zero without a ridge)")
+
+
+def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
+    """s_i = [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii, in [0, 1), for C (F, F) -> (F,) in float64.
+
+    Paper section 3.3; printed there with the inverse outside the diagonal, which would keep the weakest channels. All
+    zero where C is zero. The sum of s is the effective number of dimensions of psi.
+    """
+    if ridge == 0:
+        return C.diagonal().double().sign()
+    return 1 - ridge * torch.cholesky_inverse(regularized_cholesky(C, ridge)).diagonal()
+
+
+def nystrom_down(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:
+    """W_K + W_R C_RK (C_KK + ridge I)^-1: fold the dropped channels into the kept. W (d, F), C (F, F), keep (K,) -> (d, K)
+
+    The minimiser W' of E|W' psi_K - W psi|^2 + ridge |W' - W_K|^2 (paper Lemma 3.1): a large ridge keeps W_K as it is,
+    and keeping every channel changes nothing. In float64.
+    """
+    mask = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
+    mask[keep] = False
+    drop = mask.nonzero().flatten()
+    if len(drop) == 0 or not C.diagonal().any():
+        return W[:, keep].double()
+    to_fold = C[keep][:, drop].double() @ W[:, drop].double().T                        # (K, d)
+    return W[:, keep].double() + torch.cholesky_solve(to_fold, regularized_cholesky(C[keep][:, keep], ridge)).T
+
+
+def prune_mlp(weights: Weights, keep: Tensor, down: Tensor) -> Weights:
+    """The block with only these channels, and `down` (C, K) for its down_proj."""
+    pruned = {name: weights[name][keep] for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
+    return weights | pruned | {"mlp.down_proj.weight": down.to(weights["mlp.down_proj.weight"].dtype)}
+
+
+def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float) -> tuple[Weights, Weights, dict]:
+    """(pruned block, the same without compensation, what was kept); the stream xs (N, T, C) passes through the first.
+
+    Heads go first: the MLP is measured on what the remaining heads write. ridge is a multiple of C's mean eigenvalue.
+    ValueError if a statistic is NaN or infinite.
+    """
+    config, tokens = runner.config, xs.shape[0] * xs.shape[1]
+    o_proj = wide["self_attn.o_proj.weight"]
+    width = o_proj.shape[1] // (config.num_attention_heads * config.head_dim)
+    sizes = runner.head_sums(runner.block(wide), xs).cpu() / tokens
+    check_finite({"the head statistics": sizes}, "merging")
+    scores = head_importance(sizes, o_proj, width * config.num_key_value_heads)
+    kv_heads = keep_kv_heads(scores, config)
+    weights = prune_attention(wide, kv_heads, config)
+
+    block = runner.block(weights)
+    runner.update(xs, lambda x: x + block.attend(x, runner.rope))
+    C = runner.mlp_gram(block, xs) / tokens
+    check_finite({"the channel statistics": C}, "merging")
+    lam = absolute_ridge(C, ridge)
+    leverage = ridge_leverage(C, lam)
+    channels = best(leverage, config.intermediate_size)
+    down = wide["mlp.down_proj.weight"].to(C.device)
+    repaired = nystrom_down(down, C, channels, lam).cpu()
+    channels = channels.cpu()
+    selected = prune_mlp(weights, channels, down.cpu()[:, channels])
+    pruned = prune_mlp(weights, channels, repaired)
+
+    block = runner.block(pruned)
+    runner.update(xs, lambda x: x + block.feed(x))
+    kept = {"kv_heads": by_member(kv_heads, config.num_key_value_heads, width),
+            "channels": by_member(channels, config.intermediate_size, width),
+            "ridge": lam, "effective_dimension": float(leverage.sum()), "head_scores": scores.tolist()}
+    return pruned, selected, kept
+
+
+def by_member(kept: Tensor, size: int, width: int) -> list[list[int]]:
+    """Kept indices of a wide block, as indices within each of its `width` members of this size."""
+    return [(kept[kept // size == member] - member * size).tolist() for member in range(width)]
+
+
+def relative_error(output: Tensor, target: Tensor, start: Tensor) -> float:
+    """Mean over tokens of |output - target| / |target - start|: the error relative to what should have been added.
+
+    All three are streams (N, T, C): after the block under test, after the blocks it stands for, before both.
+    """
+    error, change = ((a.double() - b.double()).norm(dim=-1) for a, b in ((output, target), (target, start)))
+    return float((error / change.clamp_min(1e-30)).mean())
+
+
+def through(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
+    """The streams xs (N, T, C) after these blocks, one after the other."""
+    ys = xs.clone()
+    for weights in blocks:
+        runner.run_block(weights, ys)
+    return ys
+
+
+def probe(xs: Tensor) -> Tensor:
+    """A copy of one window in sixteen, on which errors are reported: cheap, and enough to see where they come from."""
+    return xs[:max(1, len(xs) // 16)].clone()
+
+
+def prune_and_report(wide: Weights, xs: Tensor, runner: Runner, ridge: float, start: Tensor, target: Tensor,
+                     ) -> tuple[Weights, dict]:
+    """prune_block, with the errors for flatten.json: `target` is what `start`, a probe of xs, should have become."""
+    pruned, selected, kept = prune_block(wide, xs, runner, ridge)
+    return pruned, kept | {"error_selected": relative_error(through([selected], start, runner), target, start),
+                           "error_compensated": relative_error(xs[:len(start)], target, start)}
+
+
+def row(group: dict, config: Config) -> str:
+    """One line about a group: what was joined, what each member kept, and the errors that came of it."""
+    first, last = group["blocks"][0], group["blocks"][-1]
+    text = f"blocks {first}-{last}   similarity {group['similarity']:.3f}"
+    if "kv_heads" in group:
+        n_rep = config.num_attention_heads // config.num_key_value_heads
+        text += f"   heads {'+'.join(str(len(member) * n_rep) for member in group['kv_heads'])}" \
+                f"   channels {'+'.join(str(len(member)) for member in group['channels'])}"
+    errors = [f"{name} {group[f'error_{name}']:.1%}" for name in ("flattened", "selected", "compensated")
+              if f"error_{name}" in group]
+    return f"{text}   error: {', '.join(errors)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prune a wide checkpoint back to ordinary width.", epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="folder written by flatten.py --keep-wide")
+    parser.add_argument("--out", type=Path, help="result (default out/NAME-pruned)")
+    parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues of C (default: as recorded, else 10)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    add_arguments(parser)
+    args = parser.parse_args()
+
+    source = Checkpoint(args.ckpt)
+    if not source.is_wide:
+        raise ValueError(f"{args.ckpt} has blocks of ordinary width; prune.py takes what flatten.py --keep-wide writes")
+    record = read_json(source.path / "flatten.json")
+    defaults(args, record["settings"])
+    out = args.out or Path("out") / f"{source.path.resolve().name}-pruned"
+    with Writer(out, source, args.overwrite) as writer:
+        tokens, text = read_tokens(source.path, args)
+        runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
+        print(f"{args.ckpt}: {len(source.config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of {text}")
+        print("errors are relative to the wide block's output")
+        xs = embed(source.outer(), tokens, runner.dtype)
+        for i, group in progress(enumerate(record["groups"]), "prune: blocks", len(record["groups"])):
+            weights = source.block(i)
+            if source.config.widths[i] == 1:
+                runner.run_block(weights, xs)
+            else:
+                start = probe(xs)
+                weights, found = prune_and_report(weights, xs, runner, args.ridge, start, through([weights], start, runner))
+                group |= found
+                print(row({**group, "error_flattened": 0.0}, source.config))
+            writer.add(weights)
+        record["settings"] |= {"ridge": args.ridge}
+        record = writer.finish([group["blocks"] for group in record["groups"]], record)
+    print(f"wrote {out}: {record['parameters_after']:,} parameters")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,158 @@
+"""WikiText-2 and other text: found, fetched once if need be, and joined exactly as the field joins it."""
+import hashlib
+import os
+import re
+import tempfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+# The official archive, in a copy pinned to one commit (its first home is gone). Text: CC BY-SA 3.0.
+URL = ("https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/"
+       "wikitext-2-raw-v1.zip")
+ZIP_NAME, ZIP_BYTES = "wikitext-2-raw-v1.zip", 4_721_645
+ZIP_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
+TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+LIMIT = 2**30  # bytes of one text
+HELD_OUT = 0.1  # share of a plain text file, at its end, that calibration never sees
+
+
+def calibration_text(data: str | None) -> tuple[str, str]:
+    """(text, what it is) to calibrate on: WikiText-2 train, else validation; of another file, its first nine tenths.
+
+    `data` is a folder, a .raw/.txt file, the official zip, or None for the cached or downloaded zip. ValueError for the
+    test split: a model tuned on it proves nothing.
+    """
+    path = source(data)
+    if path.is_dir() or zipfile.is_zipfile(path):
+        for split in ("train", "valid"):
+            if (raw := read_split(path, split)) is not None:
+                return join_rows(raw), f"WikiText-2 {'train' if split == 'train' else 'validation'}"
+        raise ValueError(f"{path} holds neither wiki.train.raw nor wiki.valid.raw to calibrate on")
+    raw = read(path)
+    if hashlib.sha256(raw).hexdigest() == TEST_SHA256:
+        raise ValueError(f"{path} is WikiText-2's test split, which calibration must not see; give the folder with "
+                         "wiki.train.raw or wiki.valid.raw")
+    text = plain_text(path, raw)
+    return text[:cut(text)], f"{path.name}, first {1 - HELD_OUT:.0%}"
+
+
+def held_out_text(data: str | None) -> tuple[str, str]:
+    """(text, what it is) to judge a compressed model on: WikiText-2 test; of another file, the last tenth."""
+    path = source(data)
+    if path.is_dir() or zipfile.is_zipfile(path):
+        return evaluation_text(data)
+    text = plain_text(path, read(path))
+    return text[cut(text):], f"{path.name}, last {HELD_OUT:.0%}"
+
+
+def evaluation_text(data: str | None) -> tuple[str, str]:
+    """(text, what it is) to evaluate on: WikiText-2 test from a folder or zip; another file as a whole."""
+    path = source(data)
+    if path.is_dir() or zipfile.is_zipfile(path):
+        if (raw := read_split(path, "test")) is None:
+            raise ValueError(f"{path} holds no wiki.test.raw")
+        return join_rows(raw), "WikiText-2 test"
+    raw = read(path)
+    is_test = hashlib.sha256(raw).hexdigest() == TEST_SHA256
+    return plain_text(path, raw), "WikiText-2 test" if is_test else path.name
+
+
+def cut(text: str) -> int:
+    """Where the held-out end of a text begins: at a line break."""
+    return text.find("\n", int(len(text) * (1 - HELD_OUT))) + 1 or int(len(text) * (1 - HELD_OUT))
+
+
+def join_rows(raw: bytes) -> str:
+    r"""WikiText's lines as the field's code joins its rows: rows keep their "\n", blank ones are "", "\n\n" between."""
+    rows = decode(raw).split("\n")
+    rows = [row + "\n" for row in rows[:-1]] + rows[-1:]
+    rows = rows if rows[-1] else rows[:-1]
+    return "\n\n".join(row if row.strip() else "" for row in rows)
+
+
+def plain_text(path: Path, raw: bytes) -> str:
+    """A text file's content; WikiText, known by its .raw name or by how it begins, is joined row by row."""
+    is_wikitext = path.suffix == ".raw" or re.match(rb"\s*\n = [^\n]* = \n", raw[:1000])
+    return join_rows(raw) if is_wikitext else decode(raw)
+
+
+def decode(raw: bytes) -> str:
+    """UTF-8 with line ends as \\n."""
+    return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read(path: Path) -> bytes:
+    """A UTF-8 file's bytes; ValueError if it is empty, too large or not UTF-8."""
+    if path.stat().st_size > LIMIT:
+        raise ValueError(f"{path} is larger than {LIMIT >> 30} GB; give a part of it")
+    return checked(path.read_bytes(), path)
+
+
+def checked(raw: bytes, path: Path) -> bytes:
+    """The same bytes, if they are text."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not text.strip():
+        raise ValueError(f"{path} holds no text")
+    return raw
+
+
+def read_split(path: Path, split: str) -> bytes | None:
+    """wiki.<split>.raw (or .txt) in a folder, in a wikitext-2-raw folder inside it, or in the zip; None if absent."""
+    names = [f"{folder}wiki.{split}.{end}" for folder in ("", "wikitext-2-raw/") for end in ("raw", "txt")]
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found and (path / ZIP_NAME).is_file():
+            return read_split(path / ZIP_NAME, split)
+        return read(found[0]) if found else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in (archive.getinfo(name) for name in names if name in archive.namelist()):
+                if info.file_size > LIMIT:
+                    raise ValueError(f"{path}: {info.filename} unpacks to more than {LIMIT >> 30} GB")
+                return checked(archive.read(info), path / info.filename)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is a damaged zip file ({error}); download it again") from None
+    return None
+
+
+def source(data: str | None) -> Path:
+    """The folder, file or zip to read; without `data` the cached zip, downloaded first if it is not there yet."""
+    if data is not None:
+        if not Path(data).exists():
+            raise ValueError(f"--data {data}: no such file or folder; expected a folder with wiki.*.raw, a text file, "
+                             f"or {ZIP_NAME}")
+        return Path(data)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flattengpt"
+    path = cache / ZIP_NAME
+    if not path.is_file():
+        try:
+            download(os.environ.get("FLATTENGPT_WIKITEXT_URL", URL), path, ZIP_BYTES, ZIP_SHA256)
+        except OSError as error:
+            raise ValueError(f"WikiText-2 could not be downloaded ({error}); put {ZIP_NAME} (from {URL}) at {path}, or "
+                             "give a text with --data") from None
+    return path
+
+
+def download(url: str, path: Path, size: int, sha256: str) -> None:
+    """Fetch a file of known size and SHA-256; it appears at `path` complete and verified, or not at all.
+
+    ValueError if the content differs, OSError if it cannot be fetched or stored.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(url, timeout=30) as response:
+        data = response.read(size + 1)
+    if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{url} is not the expected file ({len(data)} bytes, {size} expected, or another SHA-256); "
+                         f"put the right one at {path}")
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
