@@ -119,11 +119,11 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048, l
                     f"{size / 1e6:,.1f} MB | {score.perplexity:.4f} | {score.windows * window / score.seconds:,.0f} |")
         context = source.config.max_position_embeddings
         if context and window > context:
-            rows.append(f"(the context of {source.path.name} is {context} tokens; --window {context} is the most it was made for)")
+            rows.append(f"({source.path.name} was made for at most {context} tokens: --window {context})")
         subset = f", SUBSET: the first {score.windows} windows only" if limit else ""
         rows.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}{subset})")
-    print(f"\nperplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own BOS at the start of the text, "
-          f"loss in float32, model in {str(dtypes[0]).removeprefix('torch.')}")
+    print(f"\nperplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own BOS at the start of the text"
+          f", loss in float32, model in {str(dtypes[0]).removeprefix('torch.')}")
     print("| checkpoint | parameters | blocks | size | perplexity | tokens/s |\n|---|---|---|---|---|---|")
     notes = [line for line in rows if not line.startswith("|")]
     print("\n".join([line for line in rows if line.startswith("|")] + list(dict.fromkeys(notes))))

@@ -76,7 +76,7 @@ def select_groups(S: Tensor, merges: int, max_group: int) -> list[list[int]]:
     for left in range(merges, 0, -1):
         options = []
         for p in range(len(groups) - 1):
-            merged = groups[:p] + [groups[p] + groups[p + 1]] + groups[p + 2:]
+            merged = [*groups[:p], groups[p] + groups[p + 1], *groups[p + 2:]]
             if len(merged[p]) <= max_group and mergeable(merged, max_group) >= left - 1:
                 options.append((float(S[merged[p][0], merged[p][-1]]), -p, merged))
         groups = max(options)[2]
@@ -114,8 +114,8 @@ def check_flattenable(source: Checkpoint) -> None:
     if source.is_wide:
         raise ValueError(f"{source.path} has been flattened already (--keep-wide); prune.py does the rest")
     if len(set(source.config.layer_types)) > 1:
-        raise ValueError(f"{source.path}/config.json: layer_types mixes sliding and full attention; such blocks cannot share "
-                         "one input")
+        raise ValueError(f"{source.path}/config.json: layer_types mixes sliding and full attention; such blocks cannot be "
+                         "joined")
 
 
 def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, keep_wide: bool) -> tuple[Weights, dict]:
@@ -193,7 +193,7 @@ def main() -> None:
     with Writer(out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)                                # (N, T)
         runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
-        print(f"{args.ckpt}: {config.num_hidden_layers} blocks, calibrated on {args.samples} x {args.length} tokens of {text}")
+        print(f"{source.path}: {len(config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of {text}")
         S = measure(source, tokens, runner).S                                        # (L, L)
         groups = [{"blocks": blocks, "similarity": float(S[blocks[0], blocks[-1]])}
                   for blocks in select_groups(S, merges, max_group)]
@@ -206,8 +206,8 @@ def main() -> None:
                 print(row(group, config))
         record = {**describe_run(args, tokens, text, runner), "groups": groups}
         record = writer.finish([group["blocks"] for group in groups], record, args.keep_wide)
-    print(f"wrote {out}: {len(groups)} blocks, {record['parameters_before']:,} -> {record['parameters_after']:,} parameters, "
-          f"ratio {record['ratio_reached']:.4f} (asked {args.ratio})")
+    print(f"wrote {out}: {len(groups)} blocks, {record['parameters_before']:,} -> {record['parameters_after']:,} parameters"
+          f", ratio {record['ratio_reached']:.4f} (asked {args.ratio})")
     if args.explain:
         explain(groups, S, config)
     if not args.no_eval:

@@ -88,7 +88,7 @@ def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
     """Lower triangle of C + ridge I in float64. If rounding makes C indefinite, a trace-sized grain of ridge is added."""
     grain = 1e-12 * float(C.diagonal().double().mean())
     for extra in (0.0, grain, 1e3 * grain, 1e6 * grain):
-        A = C.double().clone()
+        A = C.to(torch.float64, copy=True)
         A.diagonal().add_(ridge + extra)
         factor, info = torch.linalg.cholesky_ex(A)
         if int(info) == 0:
@@ -102,9 +102,23 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
     Paper section 3.3; printed there with the inverse outside the diagonal, which would keep the weakest channels. All
     zero where C is zero. The sum of s is the effective number of dimensions of psi.
     """
+    alive = C.diagonal().double().sign()  # rounding must not lift a channel that never fires above zero
     if ridge == 0:
-        return C.diagonal().double().sign()
-    return 1 - ridge * torch.cholesky_inverse(regularized_cholesky(C, ridge)).diagonal()
+        return alive
+    return alive * (1 - ridge * inverse_diagonal(regularized_cholesky(C, ridge)))
+
+
+def inverse_diagonal(factor: Tensor, columns: int = 512) -> Tensor:
+    """Diagonal of A^-1 for A = factor factor^T, factor (F, F) lower triangular: the column norms of factor^-1, squared.
+
+    A few columns at a time, and of these only the rows from the diagonal on, which are all that is not zero.
+    """
+    diagonal = []
+    for j in range(0, len(factor), columns):
+        lower = factor[j:, j:]
+        unit = torch.eye(len(lower), min(columns, len(lower)), dtype=factor.dtype, device=factor.device)
+        diagonal.append(torch.linalg.solve_triangular(lower, unit, upper=False).square().sum(0))
+    return torch.cat(diagonal)
 
 
 def nystrom_down(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:
@@ -231,8 +245,8 @@ def main() -> None:
     with Writer(out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)
         runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
-        print(f"{args.ckpt}: {len(source.config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of {text}")
-        print("errors are relative to the wide block's output")
+        print(f"{source.path}: {len(source.config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of "
+              f"{text}; errors are relative to the wide block")
         xs = embed(source.outer(), tokens, runner.dtype)
         for i, group in progress(enumerate(record["groups"]), "prune: blocks", len(record["groups"])):
             weights = source.block(i)

@@ -45,10 +45,10 @@ class Checkpoint:
     def outer(self) -> Weights:
         """The tensors outside the blocks (embeddings, final norm, head unless tied), on the CPU, as stored."""
         weights = {name: self._read(name) for name in self.config.outer_shapes()}
-        if "lm_head.weight" in self._where and "lm_head.weight" not in weights:
-            if not torch.equal(self._read("lm_head.weight"), weights["model.embed_tokens.weight"]):
-                raise ValueError(f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from "
-                                 "model.embed_tokens.weight; set it to false or delete lm_head.weight")
+        second_copy = "lm_head.weight" in self._where and "lm_head.weight" not in weights
+        if second_copy and not torch.equal(self._read("lm_head.weight"), weights["model.embed_tokens.weight"]):
+            raise ValueError(f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from "
+                             "model.embed_tokens.weight; set it to false or delete lm_head.weight")
         return weights
 
     def expected(self) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoint.config import WIDE
@@ -71,7 +72,10 @@ class Writer:
     def _flush(self) -> None:
         if self.pending:
             path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in self.pending.items()}, path, {"format": "pt"})
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in self.pending.items()}, path, {"format": "pt"})
+            except SafetensorError as error:  # a full disk, most likely
+                raise OSError(f"cannot write {self.out}: {error}") from None
             self.shards.append((path, {name: tensor.nbytes for name, tensor in self.pending.items()}))
         self.pending, self.pending_bytes = {}, 0
 

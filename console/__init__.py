@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+INTERRUPTED = "interrupted; no half-written result is left"
+
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main(): a user's mistake or an interruption becomes one line on stderr and exit code 2.
@@ -13,14 +15,24 @@ def run(main: Callable[[], None]) -> None:
     Errors of the user are ValueError, OSError and running out of memory; anything else is a bug, and its traceback is
     shown. FLATTENGPT_TRACEBACK=1 shows all of them.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a kill, too, cleans up
+    stopped = []
+
+    def stop(number: int, frame) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM):  # a kill, too, cleans up
+        signal.signal(number, stop)
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; nothing was written")
+        fail(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has left
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
+        if stopped:  # the interruption surfaced inside a library, as an error of its own
+            fail(INTERRUPTED)
+        if not isinstance(error, ValueError | OSError | MemoryError | RuntimeError):
+            raise
         out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
         if os.environ.get("FLATTENGPT_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise

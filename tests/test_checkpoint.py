@@ -1,0 +1,263 @@
+"""Whatever is wrong with a checkpoint folder is said in one line, before anything is computed or written."""
+import json
+import os
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint.config import Config
+from checkpoint.reader import Checkpoint
+from checkpoint.writer import Writer
+
+
+def shard(path):
+    """Split a single-file checkpoint into two shards with an index."""
+    tensors = load_file(path / "model.safetensors")
+    names = sorted(tensors)
+    places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in names if places[name] == file}, path / file, {"format": "pt"})
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places
+
+
+def edit_config(path, **changes):
+    raw = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "DELETE"}))
+
+
+def edit_weights(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def refusal(path) -> str:
+    with pytest.raises(ValueError) as caught:
+        Checkpoint(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_shards_read_like_one_file(tmp_path):
+    one, two = tiny.checkpoint(tmp_path / "a"), tiny.checkpoint(tmp_path / "b")
+    shard(two)
+    a, b = Checkpoint(one), Checkpoint(two)
+    assert all(torch.equal(a.block(3)[name], b.block(3)[name]) for name in a.block(3))
+    assert a.size() == b.size() == (a.config.parameters(), a.config.parameters() * 4)
+
+
+def test_all_wrong_tensors_are_listed_in_one_error(ckpt):
+    def change(t):
+        del t["model.layers.1.mlp.up_proj.weight"], t["model.norm.weight"]
+        t["model.layers.2.post_feedforward_layernorm.weight"] = torch.ones(32)
+        t["model.layers.0.self_attn.q_proj.weight"] = torch.ones(48, 16)
+    edit_weights(ckpt, change)
+    message = refusal(ckpt)
+    for part in ("2 tensors missing", "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "1 tensors unexpected",
+                 "post_feedforward_layernorm", "q_proj.weight (48, 16) instead of (48, 32)"):
+        assert part in message
+
+
+def test_old_rope_buffers_and_copies_of_a_tied_head_are_harmless(tmp_path):
+    path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    edit_weights(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                                           "lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    source = Checkpoint(path)
+    assert "lm_head.weight" not in source.outer() and source.size()[0] == source.config.parameters()
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    edit_weights(path, lambda t: t.update({"lm_head.weight": torch.ones(300, 32)}))
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        Checkpoint(path).outer()
+
+
+def test_missing_folder_config_and_weights(tmp_path, ckpt):
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    assert "no such folder" in refusal(ckpt / "config.json")
+    (ckpt / "model.safetensors").rename(ckpt / "other")
+    assert "not a checkpoint" in refusal(ckpt)
+    (ckpt / "config.json").unlink()
+    assert "no config.json" in refusal(ckpt)
+
+
+def test_pickles_are_never_opened_and_the_error_says_how_to_convert(ckpt):
+    (ckpt / "model.safetensors").unlink()
+    (ckpt / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    message = refusal(ckpt)
+    assert "never opened" in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -100])
+def test_truncated_files_are_refused(ckpt, keep):
+    file = ckpt / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "truncated or corrupt" in refusal(ckpt)
+
+
+def test_a_corrupt_header_is_refused(ckpt):
+    file = ckpt / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[:8] = (2**60).to_bytes(8, "little")
+    file.write_bytes(data)
+    assert "truncated or corrupt" in refusal(ckpt)
+
+
+def test_a_missing_shard_is_named(ckpt):
+    places = shard(ckpt)
+    gone = sorted(set(places.values()))[1]
+    (ckpt / gone).unlink()
+    assert f"{gone} is missing" in refusal(ckpt)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x", "C:x"])
+def test_an_index_may_not_leave_the_folder(ckpt, name):
+    places = shard(ckpt)
+    places["model.norm.weight"] = name
+    (ckpt / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert "outside the folder" in refusal(ckpt)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "\xff"])
+def test_a_broken_index_is_refused(ckpt, content):
+    shard(ckpt)
+    (ckpt / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    refusal(ckpt)
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({"attention_bias": True, "model_type": "llama"}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "gemma2"}, "model_type"), ({"model_type": None}, "model_type"),
+    ({"num_local_experts": 8}, "num_local_experts"), ({"no_rope_layers": [1, 1, 1, 0, 1]}, "no_rope_layers"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"layer_types": ["chunked_attention"] * 5}, "layer_types"), ({"layer_types": ["full_attention"]}, "layer_types"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"final_logit_softcapping": 30.0}, "softcapping"),
+    ({"residual_multiplier": 0.22}, "residual_multiplier"),
+])
+def test_unsupported_wiring_is_refused_with_the_name_of_its_field(ckpt, changes, field):
+    edit_config(ckpt, **changes)
+    assert field in refusal(ckpt)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_size", "DELETE"), ("hidden_size", -1), ("hidden_size", "32"), ("hidden_size", 1e400), ("hidden_size", True),
+    ("num_hidden_layers", 0), ("num_hidden_layers", 2.5), ("vocab_size", 2**40), ("num_key_value_heads", 4),
+    ("head_dim", 7), ("rms_norm_eps", 0), ("rope_theta", None), ("rope_scaling", [1])])
+def test_nonsense_in_config_is_refused_with_the_name_of_its_field(ckpt, field, value):
+    if (field, value) == ("rope_theta", None):
+        value = "fast"
+    edit_config(ckpt, **{field: value})
+    assert field in refusal(ckpt)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{\"a\":", b"\xff\xfe", b"[" * 100000])
+def test_a_broken_config_is_refused(ckpt, content):
+    (ckpt / "config.json").write_bytes(content)
+    assert "config.json" in refusal(ckpt)
+
+
+def test_sizes_are_checked_before_memory_is_taken(ckpt):
+    edit_config(ckpt, hidden_size=2**30, num_hidden_layers=3)
+    assert "of the wrong shape" in refusal(ckpt)
+
+
+def test_an_unknown_storage_type_is_refused(ckpt):
+    edit_weights(ckpt, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}))
+    assert "F64" in refusal(ckpt)
+
+
+def test_parameters_are_those_of_known_models():
+    llama2 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+              "num_attention_heads": 32, "vocab_size": 32000}
+    qwen25 = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+              "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+    qwen3 = {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+             "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    sizes = [(Config.parse(raw).block_parameters(), Config.parse(raw).parameters()) for raw in (llama2, qwen25, qwen3)]
+    assert sizes == [(202383360, 6738415616), (233057792, 7615616512), (192946432, 8190735360)]
+
+
+# ---- writing
+
+def copy(source: Checkpoint, out, overwrite=False, groups=None):
+    with Writer(out, source, overwrite) as writer:
+        groups = groups or [[i] for i in range(source.config.num_hidden_layers)]
+        for group in groups:
+            writer.add(source.block(group[0]))
+        return writer.finish(groups, {})
+
+
+def test_a_written_copy_is_bit_identical_and_leaves_nothing_beside_it(ckpt, tmp_path):
+    (ckpt / "generation_config.json").write_text("{}")
+    (ckpt / "evil.py").write_text("")
+    out = tmp_path / "results" / "copy"
+    copy(Checkpoint(ckpt), out)
+    assert sorted(os.listdir(out.parent)) == ["copy"]
+    assert sorted(os.listdir(out)) == ["config.json", "flatten.json", "generation_config.json", "model.safetensors",
+                                       "tokenizer.model"]
+    before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_large_results_are_sharded_with_an_index(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoint.writer.SHARD", 30000)
+    copy(Checkpoint(ckpt), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2 and index["metadata"]["total_size"] == Checkpoint(ckpt).size()[1]
+    assert Checkpoint(tmp_path / "out").size() == Checkpoint(ckpt).size()
+
+
+def test_lists_with_one_entry_a_block_are_cut(tmp_path):
+    path = tiny.checkpoint(tmp_path / "m", layer_types=["full_attention"] * 5, max_window_layers=5, use_sliding_window=False)
+    copy(Checkpoint(path), tmp_path / "out", groups=[[0], [1, 2], [3, 4]])
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["num_hidden_layers"] == len(raw["layer_types"]) == raw["max_window_layers"] == 3
+    changed = {k for k in raw if raw[k] != json.loads((path / "config.json").read_text()).get(k)}
+    assert changed == {"num_hidden_layers", "layer_types", "max_window_layers"}
+
+
+def test_an_error_in_the_middle_leaves_nothing(ckpt, tmp_path):
+    source = Checkpoint(ckpt)
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), Writer(tmp_path / "r" / "out", source) as writer:
+            writer.add(source.block(0))
+            raise error
+    assert os.listdir(tmp_path / "r") == []
+
+
+def test_a_full_disk_is_noticed_at_the_start(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match="free"), Writer(tmp_path / "out", Checkpoint(ckpt)):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_outputs_are_replaced_only_when_asked_and_only_our_own(ckpt, tmp_path):
+    source, out = Checkpoint(ckpt), tmp_path / "out"
+    copy(source, out)
+    with pytest.raises(ValueError, match="--overwrite"):
+        copy(source, out)
+    (out / "mark").write_text("old")
+    copy(source, out, overwrite=True)
+    assert not (out / "mark").exists() and sorted(os.listdir(tmp_path)) == ["out", "tiny"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="not a result"):
+        copy(source, foreign, overwrite=True)
+    assert (foreign / "thesis.tex").exists()
+
+
+def test_output_and_input_may_not_overlap(ckpt, tmp_path):
+    for out in (ckpt, ckpt / "sub", tmp_path, ckpt / ".." / "tiny"):
+        with pytest.raises(ValueError, match="overlap"):
+            copy(Checkpoint(ckpt), out, overwrite=True)

@@ -1,0 +1,246 @@
+"""The promises made to someone who runs the scripts: a plain checkpoint, the same bytes twice, clean failure."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import calibrate
+import flatten
+import prune
+from checkpoint.reader import Checkpoint
+from model import generate, load
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--samples", 8, "--length", 32, "--no-eval"]
+FAMILIES = {"llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4},
+            "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 400},
+            "qwen2": {"layer_types": ["full_attention"] * 5, "max_window_layers": 5, "use_sliding_window": False},
+            "qwen2_tied": {"tie_word_embeddings": True},
+            "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12}}
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def run(cli, text_file):
+    def call(main, *arguments, expect=0):
+        code, out, err = cli(main, *arguments, "--data", text_file)
+        assert code == expect, err
+        return out if expect == 0 else err
+    return call
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_is_a_plain_checkpoint_that_transformers_runs_alike(tmp_path, run, family, dtype):
+    transformers = pytest.importorskip("transformers")
+    path, out = tiny.checkpoint(tmp_path / "m", dtype=dtype, **FAMILIES[family]), tmp_path / "out"
+    run(flatten.main, "--ckpt", path, "--ratio", 0.3, "--out", out, *SHORT)
+    ids = torch.randint(3, 300, (2, 50), generator=torch.Generator().manual_seed(0))
+    net, info = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ours = load(out, dtype=torch.float32)
+    with torch.no_grad():
+        expected = net(ids).logits
+        assert (ours(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    expected = net.generate(ids[:1], max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(generate(ours, ids[:1], 16), expected)
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (path, out))
+    assert old.keys() == new.keys()
+    assert {key for key in old if old[key] != new[key]} <= {"num_hidden_layers", "layer_types", "max_window_layers"}
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5])
+def test_blocks_that_are_not_merged_are_bit_identical_and_the_ratio_is_counted(tmp_path, ckpt, run, ratio):
+    out = tmp_path / "out"
+    printed = run(flatten.main, "--ckpt", ckpt, "--ratio", ratio, "--out", out, *SHORT)
+    record = json.loads((out / "flatten.json").read_text())
+    before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
+    groups = [group["blocks"] for group in record["groups"]]
+    assert [i for group in groups for i in group] == list(range(5))
+    for new, group in enumerate(groups):
+        for name in Checkpoint(out).config.block_shapes():
+            same = torch.equal(after[f"model.layers.{new}.{name}"], before[f"model.layers.{group[0]}.{name}"])
+            assert same == (len(group) == 1), (new, name)
+    assert all(torch.equal(after[name], before[name]) for name in after if "layers" not in name)
+    reached = 1 - sum(t.numel() for t in after.values()) / sum(t.numel() for t in before.values())
+    assert record["ratio_reached"] == pytest.approx(reached, abs=1e-6) and reached >= ratio
+    one_block_less = Checkpoint(ckpt).config.block_parameters() / Checkpoint(ckpt).config.parameters()
+    assert reached - one_block_less < ratio
+    assert f"ratio {reached:.4f} (asked {ratio})" in printed
+    rows = [line for line in printed.splitlines() if line.startswith("blocks ")]
+    assert len(rows) == sum(len(group) > 1 for group in groups)
+    for row in rows:
+        assert all(word in row for word in ("similarity", "heads", "channels", "flattened", "selected", "compensated"))
+
+
+def test_the_same_command_writes_the_same_bytes_and_another_seed_does_not(tmp_path, ckpt, run):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(flatten.main, "--ckpt", ckpt, "--ratio", 0.3, "--out", tmp_path / name, "--seed", seed, *SHORT)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    assert hashes(tmp_path / "a")["model.safetensors"] != hashes(tmp_path / "c")["model.safetensors"]
+
+
+def test_the_record_says_how_to_repeat_the_run(tmp_path, ckpt, run, cli):
+    out = tmp_path / "out"
+    run(flatten.main, "--ckpt", ckpt, "--ratio", 0.3, "--out", out, *SHORT)
+    record = json.loads((out / "flatten.json").read_text())
+    for key in ("settings", "calibration", "versions", "groups", "ratio_asked", "ratio_reached", "dtype"):
+        assert key in record
+    words = record["command"].split()
+    assert words[:2] == ["python", "flatten.py"]
+    code, _, err = cli(flatten.main, *words[2:], "--out", tmp_path / "again", "--no-eval")
+    assert code == 0, err
+    assert hashes(out)["model.safetensors"] == hashes(tmp_path / "again")["model.safetensors"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flattening_and_pruning_apart_equal_the_one_step_run(tmp_path, run, family, dtype):
+    transformers = pytest.importorskip("transformers")
+    path = tiny.checkpoint(tmp_path / "m", dtype=dtype, **FAMILIES[family])
+    settings = ["--ckpt", path, "--ratio", 0.35, "--ridge", 3, "--seed", 5, *SHORT]
+    run(flatten.main, *settings, "--out", tmp_path / "one")
+    run(flatten.main, *settings, "--out", tmp_path / "wide", "--keep-wide")
+    wide = load(tmp_path / "wide", dtype=torch.float32)
+    assert max(Checkpoint(tmp_path / "wide").config.widths) > 1
+    assert wide(torch.arange(3, 20)[None]).isfinite().all()
+    with pytest.raises(ValueError, match="flattened_wide"):
+        transformers.AutoConfig.from_pretrained(tmp_path / "wide")
+    run(prune.main, "--ckpt", tmp_path / "wide", "--out", tmp_path / "two")
+    one, two = hashes(tmp_path / "one"), hashes(tmp_path / "two")
+    assert one.keys() == two.keys() and all(one[name] == two[name] for name in one if name != "flatten.json")
+    records = [json.loads((tmp_path / name / "flatten.json").read_text()) for name in ("one", "two")]
+    for a, b in zip(*(record["groups"] for record in records), strict=True):
+        assert a["blocks"] == b["blocks"] and a.get("channels") == b.get("channels")
+    assert records[0]["parameters_after"] == records[1]["parameters_after"]
+
+
+def test_a_wide_model_of_identical_inputs_is_the_sum_it_should_be(tmp_path, ckpt, run):
+    """The wide checkpoint on disk runs as its members side by side."""
+    run(flatten.main, "--ckpt", ckpt, "--ratio", 0.1, "--out", tmp_path / "wide", "--keep-wide", *SHORT)
+    groups = [g["blocks"] for g in json.loads((tmp_path / "wide" / "flatten.json").read_text())["groups"]]
+    wide, dense, ids = load(tmp_path / "wide"), load(ckpt), torch.arange(3, 30)[None]
+    rope = calibrate.rope_table(dense.config, 0, 27, like=torch.empty(0))
+    with torch.no_grad():
+        x = dense.model["embed_tokens"](ids)
+        for group in groups:
+            x = x + sum(dense.model["layers"][i].attend(x, rope) for i in group)
+            x = x + sum(dense.model["layers"][i].feed(x) for i in group)
+        torch.testing.assert_close(wide(ids), dense.head(dense.model["norm"](x)), atol=1e-4, rtol=1e-4)
+
+
+def test_perplexity_is_compared_at_the_end_and_explain_says_more(tmp_path, ckpt, run):
+    out = run(flatten.main, "--ckpt", ckpt, "--ratio", 0.3, "--out", tmp_path / "flat", "--explain", *SHORT[:-1])
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| checkpoint", "| tiny", "| flat"]
+    assert "effective dimensions" in out and "text.txt, last 10%" in out
+
+
+def test_calibrate_prints_the_motivation_and_saves_S(tmp_path, ckpt, run):
+    out = run(calibrate.main, "--ckpt", ckpt, "--out", tmp_path / "S.npy", *SHORT[:-1])
+    assert all(word in out for word in ("variance", "|attention|", "|MLP|", "similarity"))
+    S = np.load(tmp_path / "S.npy", allow_pickle=False)
+    assert S.shape == (5, 5) and np.allclose(S.diagonal(), 1, atol=1e-5) and np.allclose(S, S.T)
+
+
+def test_max_group_limits_the_groups(tmp_path, ckpt, run):
+    run(flatten.main, "--ckpt", ckpt, "--ratio", 0.2, "--max-group", 2, "--out", tmp_path / "out", *SHORT)
+    groups = [g["blocks"] for g in json.loads((tmp_path / "out" / "flatten.json").read_text())["groups"]]
+    assert max(map(len, groups)) == 2
+
+
+def corrupt(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def poison(path):
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize("spoil, arguments, message", [
+    (None, ["--ratio", 0], "between 0 and 1"), (None, ["--ratio", 1.5], "between 0 and 1"),
+    (None, ["--ratio", 0.99], "out of reach"), (None, ["--max-group", 1], "--max-group"),
+    (None, ["--samples", 0], "--samples"), (None, ["--length", 1], "--length"), (None, ["--samples", 99999], "99999"),
+    (None, ["--ridge", 0], "--ridge"), (None, ["--ridge", "nan"], "--ridge"), (None, ["--device", "warp"], "warp"),
+    (corrupt, [], "truncated or corrupt"), (poison, [], "block 2"),
+    (lambda p: (p / "tokenizer.model").unlink(), [], "no tokenizer")])
+def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, ckpt, cli, text_file, spoil, arguments, message):
+    if spoil:
+        spoil(ckpt)
+    out = tmp_path / "results" / "out"
+    code, printed, err = cli(flatten.main, "--ckpt", ckpt, "--data", text_file, "--out", out, *SHORT, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert [line for line in err.splitlines() if not line.startswith("measure")] == [err.splitlines()[-1]]
+    assert not out.parent.exists() or os.listdir(out.parent) == []
+    assert "wrote" not in printed
+
+
+def test_output_that_exists_or_overlaps_is_refused_before_any_work(tmp_path, ckpt, cli, text_file, monkeypatch):
+    monkeypatch.setattr(flatten, "measure", lambda *args: pytest.fail("worked"))
+    (tmp_path / "there").mkdir()
+    for out, message in ((tmp_path / "there", "exists"), (ckpt, "overlap"), (ckpt / "inside", "overlap")):
+        code, _, err = cli(flatten.main, "--ckpt", ckpt, "--data", text_file, "--out", out, *SHORT)
+        assert code == 2 and message in err
+
+
+def test_wide_and_ordinary_checkpoints_are_not_mixed_up(tmp_path, ckpt, run):
+    run(flatten.main, "--ckpt", ckpt, "--ratio", 0.3, "--out", tmp_path / "wide", "--keep-wide", *SHORT)
+    assert "prune.py" in run(flatten.main, "--ckpt", tmp_path / "wide", "--out", tmp_path / "x", *SHORT, expect=2)
+    assert "ordinary width" in run(prune.main, "--ckpt", ckpt, "--out", tmp_path / "x", expect=2)
+
+
+def start(*arguments, **options):
+    return subprocess.Popen([sys.executable, str(ROOT / "flatten.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, cwd=options.pop("cwd", ROOT), **options)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_half_checkpoint(tmp_path, text_file, kind):
+    path = tiny.checkpoint(tmp_path / "m", num_hidden_layers=40, hidden_size=128, intermediate_size=512)
+    out = tmp_path / "results" / "out"
+    process = start("--ckpt", path, "--data", text_file, "--samples", 60, "--length", 128, "--no-eval", "--out", out)
+    while process.poll() is None and not (out.parent.exists() and os.listdir(out.parent)):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=60)
+    assert not out.exists()
+    if kind == signal.SIGKILL:  # no program can clean up after this; what remains is hidden and never taken for a result
+        assert all(name.startswith(".out.partial-") for name in os.listdir(out.parent))
+    else:
+        assert process.returncode == 2 and "interrupted" in err and "Traceback" not in err
+        assert os.listdir(out.parent) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, ckpt, text_file):
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    out = tmp_path / "results" / "out"
+    process = start("--ckpt", ckpt, "--data", text_file, "--out", out, *SHORT, preexec_fn=limit)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "cannot write" in err and "Traceback" not in err
+    assert os.listdir(out.parent) == []
+
+
+@pytest.mark.parametrize("script", ["flatten.py", "prune.py", "calibrate.py", "evaluate.py"])
+def test_help_works_from_anywhere(tmp_path, script):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "--ckpt" in done.stdout and f"python {script}" in done.stdout

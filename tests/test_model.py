@@ -1,0 +1,166 @@
+"""Our forward and generation equal transformers', for every family, head layout and layout of config.json."""
+import json
+
+import pytest
+import tiny
+import torch
+
+import model
+from model import Cache, generate, load
+
+transformers = pytest.importorskip("transformers")
+SMALL = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
+         "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False, "pad_token_id": None,
+         "bos_token_id": 1, "eos_token_id": 2}
+LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64, "rope_theta": 500000.0}
+FAMILIES = {
+    "llama1_mha": ("Llama", {"num_key_value_heads": 8}),
+    "llama3_gqa": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rms_norm_eps": 1e-5}),
+    "llama31_scaled": ("Llama", {"rope_parameters": LLAMA31}),
+    "llama32_tied": ("Llama", {"rope_parameters": LLAMA31 | {"factor": 32.0}, "tie_word_embeddings": True}),
+    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "smollm_tied_mqa": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "tinyllama": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "mistral_window": ("Mistral", {"sliding_window": 256, "head_dim": 16}),
+    "qwen15_mha": ("Qwen2", {"num_key_value_heads": 8}),
+    "qwen25_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3_free_head": ("Qwen3", {"head_dim": 32}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """(transformers' model, folder it was saved in)."""
+    name, changes = FAMILIES[request.param]
+    torch.manual_seed(0)
+    cfg = getattr(transformers, f"{name}Config")(**SMALL | changes)
+    net = getattr(transformers, f"{name}ForCausalLM")(cfg).eval()
+    with torch.no_grad():
+        for key, weight in net.named_parameters():  # not the defaults: norms of one, biases of zero would hide mistakes
+            weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in key else torch.randn_like(weight) * 0.2)
+    folder = tmp_path_factory.mktemp(request.param)
+    net.save_pretrained(folder, max_shard_size="60KB" if "gqa" in request.param else "1GB")
+    return net, folder
+
+
+def assert_same_logits(net, path, window=100):
+    ids = torch.randint(0, 300, (2, window), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, ours = net(ids).logits, load(path)(ids)
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_logits_equal_those_of_transformers(pair):
+    assert_same_logits(*pair)
+
+
+def test_the_older_layout_of_config_gives_the_same_model(pair, tmp_path):
+    net, folder = pair
+    raw = json.loads((folder / "config.json").read_text())
+    parameters = raw.pop("rope_parameters")
+    raw["rope_theta"] = parameters.pop("rope_theta")
+    raw["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
+    if raw["rope_scaling"] and parameters["rope_type"] == "linear":
+        raw["rope_scaling"] = {"type": "linear", "factor": parameters["factor"]}
+    raw["torch_dtype"] = raw.pop("dtype")
+    if raw["num_key_value_heads"] == raw["num_attention_heads"]:
+        del raw["num_key_value_heads"]
+    raw.pop("layer_types", None)
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)  # as in a hub's cache, where files are links
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert_same_logits(net, tmp_path)
+
+
+def test_greedy_generation_equals_transformers_with_and_without_cache(pair):
+    net, folder = pair
+    ids = torch.randint(3, 300, (1, 20), generator=torch.Generator().manual_seed(2))
+    expected = net.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = load(folder)
+    assert torch.equal(generate(ours, ids, 64), expected)
+    assert torch.equal(generate(ours, ids, 64, use_cache=False), expected)
+
+
+@pytest.mark.skipif(not tiny.DATA.exists(), reason="needs the trained checkpoints")
+@pytest.mark.parametrize("name", ["stories260K", "wiki24"])
+def test_trained_checkpoints_equal_transformers(name):
+    path = tiny.DATA / "models" / name
+    net = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.randint(3, 500, (2, 120), generator=torch.Generator().manual_seed(2))
+    ours = load(path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = net(ids).logits
+        assert (ours(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    expected = net.generate(ids[:1], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(generate(ours, ids[:1], 64), expected)
+    assert torch.equal(generate(ours, ids[:1], 64, use_cache=False), expected)
+
+
+@pytest.mark.skipif(not tiny.DATA.exists(), reason="needs the trained checkpoints")
+def test_a_trained_model_tells_its_story():
+    from text.tokenizer import load_tokenizer
+    path = tiny.DATA / "models" / "stories260K"
+    tokenizer = load_tokenizer(path)
+    ids = generate(load(path), torch.tensor([tokenizer.encode("Once upon a time")]), 60)
+    assert tokenizer.decode(ids[0].tolist()).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+
+
+def test_text_read_in_pieces_with_a_cache_gives_the_same_states(ckpt):
+    net, ids = load(ckpt), torch.arange(3, 43)[None]
+    cache = Cache(40)
+    with torch.no_grad():
+        pieces = [net.hidden(part, cache) for part in ids.split([7, 1, 20, 12], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), net.hidden(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_repeats_with_its_seed_and_top_1_is_greedy(ckpt):
+    net, ids = load(ckpt), torch.tensor([[5, 6, 7]])
+    first, again, other = (generate(net, ids, 30, temperature=1.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(generate(net, ids, 30, temperature=1.0, top_k=1), generate(net, ids, 30))
+
+
+def test_generation_stops_when_every_sequence_has_met_a_stop_id(ckpt):
+    net, ids = load(ckpt), torch.tensor([[5, 6, 7], [9, 4, 3]])
+    free = generate(net, ids, 20)
+    stop = int(free[0, 5])
+    first = [row[3:].index(stop) if stop in row[3:] else 19 for row in free.tolist()]
+    stopped = generate(net, ids, 20, stop=(stop,))
+    assert stopped.shape[1] == 4 + max(first)
+    for row, expected, n in zip(stopped.tolist(), free.tolist(), first, strict=True):
+        assert row[:4 + n] == expected[:4 + n] and set(row[4 + n:]) <= {stop}
+
+
+def test_text_longer_than_a_sliding_window_is_refused(tmp_path):
+    path = tiny.checkpoint(tmp_path / "m", model_type="mistral", sliding_window=16)
+    net = load(path)
+    net(torch.ones(1, 16, dtype=torch.long))
+    with pytest.raises(ValueError, match="sliding_window"):
+        net(torch.ones(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept_and_can_be_widened(tmp_path, dtype):
+    path = tiny.checkpoint(tmp_path / "m", dtype=dtype)
+    ids = torch.arange(3, 20)[None]
+    assert load(path)(ids).dtype == dtype
+    narrow, wide = load(path)(ids).float(), load(path, dtype=torch.float32)(ids)
+    assert (narrow - wide).abs().max() < 0.03 * wide.abs().max()
+
+
+def test_ids_without_an_embedding_are_refused(ckpt):
+    with pytest.raises(ValueError, match="300 embeddings"):
+        load(ckpt)(torch.tensor([[300]]))
+
+
+def test_rope_llama3_blends_between_the_two_wavelengths():
+    cfg = tiny.config(rope_scaling=LLAMA31, head_dim=64)
+    plain = model.rope_frequencies(tiny.config(rope_theta=500000.0, head_dim=64))
+    scaled = model.rope_frequencies(cfg)
+    turns = 64 * plain / (2 * torch.pi)
+    assert torch.equal(scaled[turns > 4], plain[turns > 4]) and torch.equal(scaled[turns < 1], plain[turns < 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
