@@ -6,13 +6,12 @@
 4. training   AdamW on random windows of 256 tokens; the rate warms up, stays, and falls to zero over the last 40 %
 5. files      an ordinary Hugging Face LLaMA checkpoint in bfloat16, and the loss curve as JSON lines
 
-    python demo/train.py --out out/demo                 about two hours on two CPU cores; less with --steps or a GPU
+    python -m demo.train --out out/demo                 about two hours on two CPU cores; less with --steps or a GPU
 """
 import argparse
 import io
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 from checkpoint.config import Config
 from console import run
 from model import Block, Transformer
