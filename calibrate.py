@@ -197,8 +197,8 @@ def read_tokens(ckpt: Path, args: argparse.Namespace) -> tuple[Tensor, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that flatten.py, prune.py and calibrate.py share; None stands for the default that `defaults` fills in."""
-    parser.add_argument("--data", help="calibration text: a folder with wiki.*.raw, a .raw/.txt file, or the WikiText-2 zip "
-                                       "(default: WikiText-2, downloaded once)")
+    parser.add_argument("--data", help="calibration text: a folder with wiki.*.raw, a .raw/.txt file, the WikiText-2 zip, "
+                                       "or 'python' for Python's own library (default: WikiText-2, downloaded once)")
     parser.add_argument("--samples", type=int, help="windows of calibration text (default 128)")
     parser.add_argument("--length", type=int, help="tokens in a window (default 2048)")
     parser.add_argument("--seed", type=int, help="which windows (default 0)")

@@ -136,8 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the perplexity of checkpoints.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, nargs="+", help="one or more checkpoint folders")
-    parser.add_argument("--data", help="a folder with wiki.test.raw, the WikiText-2 zip, or any text file (default: "
-                                       "WikiText-2, downloaded once)")
+    parser.add_argument("--data", help="a folder with wiki.test.raw, the WikiText-2 zip, any text file, or 'python' for "
+                                       "Python's own library (default: WikiText-2, downloaded once)")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window (default 2048)")
     parser.add_argument("--max-windows", type=int, help="only so many windows: quicker, and not the field's number")
     parser.add_argument("--stream", action="store_true", help="one block in memory at a time; the same numbers")

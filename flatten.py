@@ -12,6 +12,7 @@ Neighbouring blocks read almost the same input. So let them read exactly the sam
 
 The result is an ordinary checkpoint with fewer blocks.
 
+    python flatten.py                                           a tour of the method on the bundled checkpoint
     python flatten.py --ckpt PATH --ratio 0.2                   flatten a model; measure it before and after
     python flatten.py --ckpt PATH --ratio 0.2 --keep-wide       stop after step 3
 """
@@ -166,7 +167,8 @@ def explain(groups: list[dict], S: Tensor, config: Config) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Flatten neighbouring blocks, then prune back to the original width.",
                                      epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="checkpoint folder: config.json, *.safetensors, tokenizer")
+    parser.add_argument("--ckpt", help="checkpoint folder: config.json, *.safetensors, tokenizer (default: a tour of the "
+                                       "method on the bundled checkpoint)")
     parser.add_argument("--ratio", type=float, default=0.2, help="fraction of all parameters to remove (default 0.2)")
     parser.add_argument("--out", type=Path, help="result (default out/NAME-flat-RATIO)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
@@ -177,7 +179,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-eval", action="store_true", help="do not compare perplexity at the end")
     add_arguments(parser)
     args = parser.parse_args()
-    defaults(args)
     if args.max_group is not None and args.max_group < 2:
         raise ValueError(f"--max-group must be at least 2; got {args.max_group}")
     return args
@@ -185,6 +186,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.ckpt is None:
+        from demo.tour import tour  # here, because the tour calls this file's functions
+        return tour(args)
+    defaults(args)
     source = Checkpoint(args.ckpt)
     check_flattenable(source)
     config, max_group = source.config, args.max_group or source.config.num_hidden_layers

@@ -142,11 +142,12 @@ def prune_mlp(weights: Weights, keep: Tensor, down: Tensor) -> Weights:
     return weights | pruned | {"mlp.down_proj.weight": down.to(weights["mlp.down_proj.weight"].dtype)}
 
 
-def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float) -> tuple[Weights, Weights, dict]:
+def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compensate: bool = True,
+                ) -> tuple[Weights, Weights, dict]:
     """(pruned block, the same without compensation, what was kept); the stream xs (N, T, C) passes through the first.
 
-    Heads go first: the MLP is measured on what the remaining heads write. ridge is a multiple of C's mean eigenvalue.
-    ValueError if a statistic is NaN or infinite.
+    compensate=False makes the first the same as the second. Heads go first: the MLP is measured on what the remaining
+    heads write. ridge is a multiple of C's mean eigenvalue. ValueError if a statistic is NaN or infinite.
     """
     config, tokens = runner.config, xs.shape[0] * xs.shape[1]
     o_proj = wide["self_attn.o_proj.weight"]
@@ -168,7 +169,7 @@ def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float) -> tupl
     repaired = nystrom_down(down, C, channels, lam).cpu()
     channels = channels.cpu()
     selected = prune_mlp(weights, channels, down.cpu()[:, channels])
-    pruned = prune_mlp(weights, channels, repaired)
+    pruned = prune_mlp(weights, channels, repaired) if compensate else selected
 
     block = runner.block(pruned)
     runner.update(xs, lambda x: x + block.feed(x))

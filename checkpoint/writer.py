@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from checkpoint.config import WIDE
 from checkpoint.reader import Checkpoint, Weights
 
-SHARD = 64 * 2**20  # bytes collected before a file is written; a block of a large model is a file of its own
+SHARD = 16 * 2**20  # bytes collected before a file is written; a block of a large model is a file of its own
 COPIED = ("tokenizer*", "*.tiktoken", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
           "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 

@@ -17,6 +17,13 @@ def held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] < 16
 
 
+def text(evaluation: bool, characters: int = 500_000) -> str:
+    """The held-out documents, or else training documents, one after the other; so many characters of evenly spread ones."""
+    found = list(documents(evaluation).values())
+    share = max(1, sum(map(len, found)) // characters)
+    return "\n".join(found[::share])
+
+
 def documents(evaluation: bool) -> dict[str, str]:
     """{name: text} of all topics and modules that are held out, or of all that are not, in a fixed order."""
     texts = {f"topic {name}": text for name, text in sorted(pydoc_data.topics.topics.items())}

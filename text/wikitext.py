@@ -7,6 +7,8 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from text import stdlib
+
 # The official archive, in a copy pinned to one commit (its first home is gone). Text: CC BY-SA 3.0.
 URL = ("https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/"
        "wikitext-2-raw-v1.zip")
@@ -14,15 +16,18 @@ ZIP_NAME, ZIP_BYTES = "wikitext-2-raw-v1.zip", 4_721_645
 ZIP_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
 TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 LIMIT = 2**30  # bytes of one text
+PYTHON = "python"  # --data python: the text that the bundled checkpoint was trained on
 HELD_OUT = 0.1  # share of a plain text file, at its end, that calibration never sees
 
 
 def calibration_text(data: str | None) -> tuple[str, str]:
     """(text, what it is) to calibrate on: WikiText-2 train, else validation; of another file, its first nine tenths.
 
-    `data` is a folder, a .raw/.txt file, the official zip, or None for the cached or downloaded zip. ValueError for the
-    test split: a model tuned on it proves nothing.
+    `data` is a folder, a .raw/.txt file, the official zip, "python", or None for the cached or downloaded zip.
+    ValueError for the test split: a model tuned on it proves nothing.
     """
+    if data == PYTHON:
+        return stdlib.text(evaluation=False), "Python's library"
     path = source(data)
     if path.is_dir() or zipfile.is_zipfile(path):
         for split in ("train", "valid"):
@@ -39,8 +44,8 @@ def calibration_text(data: str | None) -> tuple[str, str]:
 
 def held_out_text(data: str | None) -> tuple[str, str]:
     """(text, what it is) to judge a compressed model on: WikiText-2 test; of another file, the last tenth."""
-    path = source(data)
-    if path.is_dir() or zipfile.is_zipfile(path):
+    path = source(data) if data != PYTHON else None
+    if path is None or path.is_dir() or zipfile.is_zipfile(path):
         return evaluation_text(data)
     text = plain_text(path, read(path))
     return text[cut(text):], f"{path.name}, last {HELD_OUT:.0%}"
@@ -48,6 +53,8 @@ def held_out_text(data: str | None) -> tuple[str, str]:
 
 def evaluation_text(data: str | None) -> tuple[str, str]:
     """(text, what it is) to evaluate on: WikiText-2 test from a folder or zip; another file as a whole."""
+    if data == PYTHON:
+        return stdlib.text(evaluation=True), "Python's library, held-out modules"
     path = source(data)
     if path.is_dir() or zipfile.is_zipfile(path):
         if (raw := read_split(path, "test")) is None:
