@@ -11,9 +11,12 @@ norms of the attention and MLP outputs relative to the stream they are added to)
     python calibrate.py --ckpt PATH            prints both for a model and saves S as an .npy file
 """
 import argparse
+import hashlib
 import math
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint.reader import Checkpoint, Weights
-from console import progress, run
+from console import command, progress, run
 from model import Block, check_ids, move, rope_table
 from text.tokenizer import load_tokenizer
 from text.wikitext import calibration_text
@@ -37,6 +40,9 @@ def calibration_tokens(ids: Tensor, n: int, length: int, seed: int) -> Tensor:
 
     ValueError if the text has fewer than n * length tokens: windows would mostly repeat each other.
     """
+    if len(ids) < length:
+        raise ValueError(f"the calibration text has {len(ids)} tokens, fewer than one window of --length {length}; give a "
+                         "longer text or a smaller --length")
     if len(ids) < n * length:
         raise ValueError(f"the calibration text has {len(ids)} tokens, and --samples {n} of --length {length} ask for "
                          f"{n * length}; give a longer text, or --samples {max(1, len(ids) // length)}")
@@ -142,8 +148,9 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
 def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
     """One pass of the tokens (N, T) through all L blocks. ValueError names a block that holds or makes NaN or infinity.
 
-    S compares all blocks on the same token, so a few windows at a time pass through the whole depth. They are so few
-    that their L + 1 streams together are no larger than one stream of all windows, whatever the depth.
+    S compares all blocks on the same token, so a few windows at a time pass through the whole depth: so few that their
+    L + 1 streams together take no more memory than one stream of all N windows, for N > L. The price is that every block
+    is read once for each such slice, from the page cache if the checkpoint fits there.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     check_finite(outer, "outside the blocks")
@@ -206,14 +213,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as stored on a GPU, float32 on a CPU)")
 
 
+def describe_run(script: str, args: argparse.Namespace, tokens: Tensor, text: str, runner: "Runner", **flags) -> dict:
+    """What flatten.json records so that a run can be repeated: settings, calibration text, versions, the command."""
+    names = ("samples", "length", "seed", "ridge", "max_group", "data")
+    settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    settings["dtype"] = str(runner.dtype).removeprefix("torch.")
+    options = {name.replace("_", "-"): value for name, value in (settings | flags).items()}
+    return {"settings": settings, "device": runner.device.type,
+            "calibration": {"text": text, "sha256_of_ids": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "safetensors")},
+            "command": command(script, ckpt=args.ckpt, **options)}
+
+
 def defaults(args: argparse.Namespace, recorded: dict | None = None) -> None:
     """Fill in options not given, from `recorded` or with the paper's values; ValueError for impossible ones."""
     standard = {"samples": 128, "length": 2048, "seed": 0, "ridge": 10.0} | (recorded or {})
     for name, value in standard.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
-    if getattr(args, "ridge", 1.0) <= 0 or not math.isfinite(getattr(args, "ridge", 1.0)):
-        raise ValueError(f"--ridge must be a positive number; got {args.ridge}")
+    if not all(type(value) is int for value in (args.samples, args.length, args.seed)):
+        raise ValueError(f"samples, length and seed must be integers; got {args.samples}, {args.length}, {args.seed}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be between 0 and 2^63; got {args.seed}")
+    ridge = getattr(args, "ridge", 1.0)
+    if not isinstance(ridge, int | float) or not 0 < ridge < math.inf:
+        raise ValueError(f"--ridge must be a positive number; got {ridge}")
     if args.samples < 1 or args.length < 2:
         raise ValueError(f"--samples must be at least 1 and --length at least 2; got {args.samples} and {args.length}")
 
@@ -221,8 +245,8 @@ def defaults(args: argparse.Namespace, recorded: dict | None = None) -> None:
 def compute_dtype(name: str | None, device: str, stored: torch.dtype) -> torch.dtype:
     """The dtype to compute in: as asked, else as stored on a GPU and float32 on a CPU. ValueError for an unusable device."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        float(torch.ones(1, device=device, dtype=torch.float64))  # which the solves need
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
     return DTYPES[name] if name else torch.float32 if torch.device(device).type == "cpu" else stored
 
@@ -233,9 +257,13 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True, help="checkpoint folder")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, help="where S goes (default out/NAME-similarity.npy)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier .npy file")
     args = parser.parse_args()
     defaults(args)
     source = Checkpoint(args.ckpt)
+    out = args.out or Path("out") / f"{source.path.resolve().name}-similarity.npy"
+    if out.exists() and not (args.overwrite and out.suffix == ".npy" and out.is_file()):
+        raise ValueError(f"{out} exists already; choose another --out, or replace an .npy file with --overwrite")
     tokens, text = read_tokens(source.path, args)
     runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
     found = measure(source, tokens, runner)
@@ -248,10 +276,11 @@ def main() -> None:
     print("      " + " ".join(f"{j:4d}" for j in range(len(found.S))))
     for i, row in enumerate(found.S):
         print(f"{i:4d}  " + " ".join("    " if j < i else f"{value:4.2f}" for j, value in enumerate(row)))
-    out = args.out or Path("out") / f"{source.path.resolve().name}-similarity.npy"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "wb") as file:
+    partial = out.with_name(f".{out.name}.partial")
+    with open(partial, "wb") as file:
         np.save(file, found.S.numpy())
+    partial.replace(out)
     print(f"\nsaved S to {out}")
 
 

@@ -8,7 +8,6 @@ each window the mean loss, in float32, over its 2047 predictions; the perplexity
     python evaluate.py --ckpt PATH --prompt "Once upon"    and a greedy continuation, to see what the number means
 """
 import argparse
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +65,9 @@ def losses_streamed(source: Checkpoint, windows: Tensor, device: str, dtype: tor
     L = source.config.num_hidden_layers
     for i in progress(range(L), "evaluate: blocks", L):
         runner.run_block(source.block(i), xs)
-    outer = move({name: outer[name] for name in ("model.norm.weight", list(outer)[-1 if "lm_head.weight" in outer else 0])},
-                 runner.device, dtype)
-    norm = RMSNorm(outer.pop("model.norm.weight"), source.config.rms_norm_eps)
-    (head,) = outer.values()
+    outer = move(outer, runner.device, dtype)
+    norm = RMSNorm(outer["model.norm.weight"], source.config.rms_norm_eps)
+    head = outer.get("lm_head.weight", outer["model.embed_tokens.weight"])
     return torch.cat([window_losses(lambda states: F.linear(states, head), norm(xs[rows].to(runner.device)),
                                     windows[rows].to(runner.device)).cpu() for rows in batches(windows)])
 
@@ -90,10 +88,12 @@ def perplexity(path: str | Path, text: str, window: int = 2048, limit: int | Non
     ids = torch.tensor(load_tokenizer(path).encode(text))
     windows = windows_of(ids, window, limit)
     dtype = dtype or source.dtype
+    net = None if stream else load(path, device, dtype)
     start = time.monotonic()
-    found = losses_streamed(source, windows, device, dtype) if stream else losses(load(path, device, dtype), windows, device)
-    check_finite({"the loss": found}, str(path))
-    return Score(math.exp(found.double().mean()), len(ids), len(windows), time.monotonic() - start)
+    found = losses_streamed(source, windows, device, dtype) if stream else losses(net, windows, device)
+    seconds, result = time.monotonic() - start, found.double().mean().exp()
+    check_finite({"the perplexity": result}, str(path))
+    return Score(float(result), len(ids), len(windows), seconds)
 
 
 def sample(path: str | Path, prompt: str, device: str, dtype: torch.dtype, tokens: int = 60) -> str:
@@ -102,7 +102,7 @@ def sample(path: str | Path, prompt: str, device: str, dtype: torch.dtype, token
     for name in ("config.json", "generation_config.json"):
         if (Path(path) / name).is_file():
             eos = read_json(Path(path) / name).get("eos_token_id")
-            stop = tuple(eos) if isinstance(eos, list) else stop if eos is None else (eos,)
+            stop = tuple(i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int and 0 <= i < 2**31) or stop
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)
     return tokenizer.decode(generate(load(path, device, dtype), ids, tokens, stop=stop)[0].tolist())
 
@@ -123,7 +123,7 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048, l
         subset = f", SUBSET: the first {score.windows} windows only" if limit else ""
         rows.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}{subset})")
     print(f"\nperplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own BOS at the start of the text"
-          f", loss in float32, model in {str(dtypes[0]).removeprefix('torch.')}")
+          f", loss in float32, model in {', '.join(dict.fromkeys(str(kind).removeprefix('torch.') for kind in dtypes))}")
     print("| checkpoint | parameters | blocks | size | perplexity | tokens/s |\n|---|---|---|---|---|---|")
     notes = [line for line in rows if not line.startswith("|")]
     print("\n".join([line for line in rows if line.startswith("|")] + list(dict.fromkeys(notes))))
@@ -147,6 +147,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.window < 2 or (args.max_windows is not None and args.max_windows < 1):
         raise ValueError("--window must be at least 2, and --max-windows at least 1")
+    if args.prompt:
+        args.prompt.encode("utf-8")  # a ValueError now rather than a crash inside a tokenizer
     for path in args.ckpt:
         Checkpoint(path)  # all of them, before the first takes its time
     compare(args.ckpt, *evaluation_text(args.data), args.window, args.max_windows, args.device, args.dtype, args.stream,

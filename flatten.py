@@ -17,21 +17,29 @@ The result is an ordinary checkpoint with fewer blocks.
     python flatten.py --ckpt PATH --ratio 0.2 --keep-wide       stop after step 3
 """
 import argparse
-import hashlib
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from calibrate import Runner, add_arguments, compute_dtype, defaults, embed, measure, read_tokens
+from calibrate import (
+    Runner,
+    add_arguments,
+    check_finite,
+    compute_dtype,
+    defaults,
+    describe_run,
+    embed,
+    measure,
+    read_tokens,
+)
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
-from console import command, progress, run
-from evaluate import compare
+from console import progress, run
+from evaluate import compare, windows_of
 from prune import probe, prune_and_report, relative_error, row, through
+from text.tokenizer import load_tokenizer
 from text.wikitext import held_out_text
 
 READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -122,6 +130,7 @@ def check_flattenable(source: Checkpoint) -> None:
 def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, keep_wide: bool) -> tuple[Weights, dict]:
     """(the block that replaces these, what came of it); the stream xs (N, T, C) passes through it, in place."""
     wide = flatten_blocks(members)
+    check_finite(wide, "the joined blocks")
     if len(members) == 1:
         runner.run_block(wide, xs)
         return wide, {}
@@ -133,19 +142,6 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
         return wide, found
     weights, more = prune_and_report(wide, xs, runner, ridge, start, target)
     return weights, found | more
-
-
-def describe_run(args: argparse.Namespace, tokens: Tensor, text: str, runner: Runner) -> dict:
-    """What flatten.json records so that the run can be repeated: settings, calibration, versions, command."""
-    settings = {name: getattr(args, name) for name in ("samples", "length", "seed", "ridge", "max_group", "data")}
-    return {
-        "method": "FlattenGPT (arXiv 2602.08858)", "ratio_asked": args.ratio, "settings": settings,
-        "calibration": {"text": text, "sha256_of_ids": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
-        "dtype": str(runner.dtype).removeprefix("torch."), "device": runner.device.type,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "safetensors")},
-        "command": command("flatten.py", ckpt=args.ckpt, ratio=args.ratio, **{k.replace("_", "-"): v for k, v in
-                           settings.items()}, dtype=args.dtype, **{"keep-wide": args.keep_wide}),
-    }
 
 
 def explain(groups: list[dict], S: Tensor, config: Config) -> None:
@@ -195,6 +191,9 @@ def main() -> None:
     config, max_group = source.config, args.max_group or source.config.num_hidden_layers
     merges = merges_for_ratio(config, args.ratio, max_group)
     out = args.out or Path("out") / f"{source.path.resolve().name}-{'wide' if args.keep_wide else 'flat'}-{args.ratio}"
+    judged = None if args.no_eval else held_out_text(args.data)
+    if judged:  # now, not after hours
+        windows_of(torch.tensor(load_tokenizer(source.path).encode(judged[0])), args.length)
     with Writer(out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)                                # (N, T)
         runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
@@ -209,14 +208,17 @@ def main() -> None:
             if found:
                 group |= found
                 print(row(group, config))
-        record = {**describe_run(args, tokens, text, runner), "groups": groups}
+        record = {"method": "FlattenGPT (arXiv 2602.08858)", "ratio_asked": args.ratio, "groups": groups,
+                  **describe_run("flatten.py", args, tokens, text, runner, ratio=args.ratio, keep_wide=args.keep_wide)}
         record = writer.finish([group["blocks"] for group in groups], record, args.keep_wide)
     print(f"wrote {out}: {len(groups)} blocks, {record['parameters_before']:,} -> {record['parameters_after']:,} parameters"
           f", ratio {record['ratio_reached']:.4f} (asked {args.ratio})")
+    if args.keep_wide:
+        print(f"the blocks are wide still: python prune.py --ckpt {out} brings them back to the ordinary width")
     if args.explain:
         explain(groups, S, config)
-    if not args.no_eval:
-        compare([args.ckpt, out], *held_out_text(args.data), window=args.length, device=args.device, dtype=args.dtype,
+    if judged:
+        compare([args.ckpt, out], *judged, window=args.length, device=args.device, dtype=args.dtype,
                 stream=True)
 
 

@@ -177,8 +177,8 @@ class Block(nn.Module):
         return self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None, block: int = 0) -> Tensor:
-        x = self.attend(x, rope, cache, block).add_(x)  # into the new tensor, not the caller's
-        return self.feed(x).add_(x)
+        x = x + self.attend(x, rope, cache, block)
+        return x + self.feed(x)
 
 
 class Transformer(nn.Module):

@@ -19,7 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibrate import Runner, add_arguments, check_finite, compute_dtype, defaults, embed, read_tokens
+from calibrate import (
+    Runner,
+    add_arguments,
+    check_finite,
+    compute_dtype,
+    defaults,
+    describe_run,
+    embed,
+    read_tokens,
+)
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
@@ -31,16 +40,16 @@ def query_heads_of(kv_heads: Tensor, n_rep: int) -> Tensor:
     return (kv_heads[:, None] * n_rep + torch.arange(n_rep)).flatten()
 
 
-def rows_of(heads: Tensor, head_dim: int) -> Tensor:
-    """Rows of a projection that belong to these heads. Heads are never cut: RoPE turns channel i with i + head_dim/2."""
-    return query_heads_of(heads, head_dim)
+def channels_of(heads: Tensor, head_dim: int) -> Tensor:
+    """Channels of these heads: rows of q, k, v_proj, columns of o_proj. Never a part: RoPE turns i with i + head_dim/2."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def head_importance(sizes: Tensor, o_proj: Tensor, kv_heads: int) -> Tensor:
-    """Score of each KV head with its query heads: sum of E|o_c| * |W_O row c| over their channels. -> (KV,)
+    """Score of each KV head with its query heads: sum over their channels c of E|o_c| * |row c of W_O|. -> (KV,)
 
-    sizes (H*D,) is E|o_c|, o the input of o_proj; o_proj (C, H*D). Paper section 3.3, which leaves open how the vector
-    becomes one number and what a KV head scores: both are sums here.
+    sizes (H*D,) is E|o_c|, o the input of o_proj; row c of W_O is column c of o_proj (C, H*D). Paper
+    section 3.3, which leaves open how the vector becomes one number and what a KV head scores: both are sums here.
     """
     return (sizes * o_proj.to(sizes).norm(dim=0)).view(kv_heads, -1).sum(1)
 
@@ -66,7 +75,7 @@ def prune_attention(weights: Weights, kv_heads: Tensor, config: Config) -> Weigh
     """The block with only these KV heads and their query heads; everything else as it was."""
     D = config.head_dim
     queries = query_heads_of(kv_heads, config.num_attention_heads // config.num_key_value_heads)
-    keep = {"q": rows_of(queries, D), "k": rows_of(kv_heads, D), "v": rows_of(kv_heads, D)}
+    keep = {"q": channels_of(queries, D), "k": channels_of(kv_heads, D), "v": channels_of(kv_heads, D)}
     pruned = dict(weights)
     for proj, rows in keep.items():
         for name in {f"self_attn.{proj}_proj.weight", f"self_attn.{proj}_proj.bias"} & weights.keys():
@@ -75,7 +84,7 @@ def prune_attention(weights: Weights, kv_heads: Tensor, config: Config) -> Weigh
     if config.qk_norm:
         member = kv_heads[:1] // config.num_key_value_heads
         for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-            pruned[name] = weights[name][rows_of(member, D)]
+            pruned[name] = weights[name][channels_of(member, D)]
     return pruned
 
 
@@ -165,11 +174,12 @@ def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compens
     lam = absolute_ridge(C, ridge)
     leverage = ridge_leverage(C, lam)
     channels = best(leverage, config.intermediate_size)
-    down = wide["mlp.down_proj.weight"].to(C.device)
-    repaired = nystrom_down(down, C, channels, lam).cpu()
+    down = wide["mlp.down_proj.weight"]
+    repaired = nystrom_down(down.to(C.device), C, channels, lam).cpu()
     channels = channels.cpu()
-    selected = prune_mlp(weights, channels, down.cpu()[:, channels])
+    selected = prune_mlp(weights, channels, down[:, channels])
     pruned = prune_mlp(weights, channels, repaired) if compensate else selected
+    check_finite(pruned, "merging")
 
     block = runner.block(pruned)
     runner.update(xs, lambda x: x + block.feed(x))
@@ -187,10 +197,11 @@ def by_member(kept: Tensor, size: int, width: int) -> list[list[int]]:
 def relative_error(output: Tensor, target: Tensor, start: Tensor) -> float:
     """Mean over tokens of |output - target| / |target - start|: the error relative to what should have been added.
 
-    All three are streams (N, T, C): after the block under test, after the blocks it stands for, before both.
+    All three are streams (N, T, C): after the block under test, after the blocks it stands for, before both. Tokens to
+    which those add nothing do not count.
     """
     error, change = ((a.double() - b.double()).norm(dim=-1) for a, b in ((output, target), (target, start)))
-    return float((error / change.clamp_min(1e-30)).mean())
+    return float((error / change)[change > 0].mean().nan_to_num())
 
 
 def through(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
@@ -202,7 +213,7 @@ def through(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
 
 
 def probe(xs: Tensor) -> Tensor:
-    """A copy of one window in sixteen, on which errors are reported: cheap, and enough to see where they come from."""
+    """A copy of the first sixteenth of the windows, on which errors are reported: cheap, and enough to see."""
     return xs[:max(1, len(xs) // 16)].clone()
 
 
@@ -227,6 +238,21 @@ def row(group: dict, config: Config) -> str:
     return f"{text}   error: {', '.join(errors)}"
 
 
+def read_record(source: Checkpoint) -> dict:
+    """The flatten.json of a wide checkpoint; ValueError if it is missing or does not fit the checkpoint."""
+    path = source.path / "flatten.json"
+    try:
+        record = read_json(path)
+        widths = tuple(len(group["blocks"]) for group in record["groups"])
+        fits = widths == source.config.widths and isinstance(record["settings"] | {"command": record["command"]}, dict) \
+            and all(isinstance(group["similarity"], float) for group in record["groups"])
+    except (OSError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is missing or not what flatten.py --keep-wide wrote for this checkpoint; flatten again")
+    return record
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prune a wide checkpoint back to ordinary width.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,7 +266,7 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     if not source.is_wide:
         raise ValueError(f"{args.ckpt} has blocks of ordinary width; prune.py takes what flatten.py --keep-wide writes")
-    record = read_json(source.path / "flatten.json")
+    record = read_record(source)
     defaults(args, record["settings"])
     out = args.out or Path("out") / f"{source.path.resolve().name}-pruned"
     with Writer(out, source, args.overwrite) as writer:
@@ -248,18 +274,21 @@ def main() -> None:
         runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
         print(f"{source.path}: {len(source.config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of "
               f"{text}; errors are relative to the wide block")
+        check_finite(source.outer(), "outside the blocks")
         xs = embed(source.outer(), tokens, runner.dtype)
         for i, group in progress(enumerate(record["groups"]), "prune: blocks", len(record["groups"])):
             weights = source.block(i)
+            check_finite(weights, f"block {i}")
             if source.config.widths[i] == 1:
                 runner.run_block(weights, xs)
             else:
                 start = probe(xs)
                 weights, found = prune_and_report(weights, xs, runner, args.ridge, start, through([weights], start, runner))
-                group |= found
-                print(row({**group, "error_flattened": 0.0}, source.config))
+                group.pop("error_flattened", None)
+                group |= {"errors_relative_to": "wide block", **found}
+                print(row(group, source.config))
             writer.add(weights)
-        record["settings"] |= {"ridge": args.ridge}
+        record |= {"flatten_command": record["command"], **describe_run("prune.py", args, tokens, text, runner)}
         record = writer.finish([group["blocks"] for group in record["groups"]], record)
     print(f"wrote {out}: {record['parameters_after']:,} parameters")
 

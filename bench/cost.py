@@ -29,6 +29,7 @@ import flatten
 from calibrate import compute_dtype
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint
+from console import run
 from evaluate import losses
 from model import generate, load
 from text.stdlib import documents
@@ -45,7 +46,8 @@ def random_checkpoint(folder: Path, blocks: int, width: int, text: str) -> Path:
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.split("\n")[:2000]), model_writer=model,
                                              vocab_size=1000, model_type="bpe", byte_fallback=True, minloglevel=2)
     raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": width, "num_hidden_layers": blocks,
-           "intermediate_size": width * 11 // 4, "num_attention_heads": width // 64, "num_key_value_heads": width // 256,
+           "intermediate_size": width * 11 // 4, "num_attention_heads": width // 64,
+           "num_key_value_heads": max(1, width // 256),
            "vocab_size": 1000, "torch_dtype": "float32", "max_position_embeddings": 2048}
     cfg, g = Config.parse(raw), torch.Generator().manual_seed(0)
     shapes = cfg.outer_shapes() | {f"model.layers.{i}.{name}": shape for i in range(blocks)
@@ -58,9 +60,11 @@ def random_checkpoint(folder: Path, blocks: int, width: int, text: str) -> Path:
 
 
 def seconds(work) -> float:
-    """Seconds that work() takes."""
+    """Seconds that work() takes, on the device as well."""
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -196,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WIDE = "flattened_wide"  # model_type of a checkpoint whose blocks differ in width; see Config.widths
 LIMIT = 64 * 2**20       # bytes; no honest JSON file of a checkpoint is larger
+MOST_BLOCKS = 10_000
 
 # Fields that switch on wiring we do not compute, each with the values under which it is off.
 OFF = {
@@ -66,10 +67,11 @@ class Config:
     @classmethod
     def read(cls, path: Path) -> "Config":
         """Config of the checkpoint folder `path`; ValueError names the field that is missing, wrong or not supported."""
+        raw = read_json(Path(path) / "config.json")
         try:
-            return cls.parse(read_json(Path(path) / "config.json"))
+            return cls.parse(raw)
         except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}/config.json: {error}") from None
+            raise ValueError(f"{path}/config.json: {error}") from None
 
     @classmethod
     def parse(cls, raw: dict) -> "Config":
@@ -77,17 +79,23 @@ class Config:
         model_type = raw.get("base_model_type") if raw.get("model_type") == WIDE else raw.get("model_type")
         refuse_unsupported(raw, model_type)
         heads, layers = size(raw, "num_attention_heads"), size(raw, "num_hidden_layers")
+        if layers > MOST_BLOCKS:
+            raise ValueError(f"num_hidden_layers is {layers}, more than {MOST_BLOCKS}")
         hidden, theta_and_scaling = size(raw, "hidden_size"), rope(raw)
         kv_heads = size(raw, "num_key_value_heads", heads)
         head_dim = size(raw, "head_dim", 128 if model_type == "qwen3" else hidden // heads)
         if heads % kv_heads or head_dim % 2:
             raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, "
                              f"and head_dim {head_dim} even")
+        context = None if raw.get("max_position_embeddings") is None else size(raw, "max_position_embeddings")
+        tied = raw.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false; got {json.dumps(tied)[:80]}")
         window, types = attention_kinds(raw, model_type, layers)
         return cls(size(raw, "vocab_size"), hidden, size(raw, "intermediate_size"), layers, heads, kv_heads, head_dim,
-                   number(raw, "rms_norm_eps", 1e-6), *theta_and_scaling, bool(raw.get("tie_word_embeddings", False)),
+                   number(raw, "rms_norm_eps", 1e-6), *theta_and_scaling, tied,
                    qkv_bias=model_type == "qwen2", qk_norm=model_type == "qwen3",
-                   max_position_embeddings=raw.get("max_position_embeddings"), sliding_window=window,
+                   max_position_embeddings=context, sliding_window=window,
                    layer_types=types, widths=block_widths(raw, layers))
 
     def block_shapes(self, width: int = 1) -> dict[str, tuple[int, ...]]:
@@ -125,7 +133,8 @@ def refuse_unsupported(raw: dict, model_type: str | None) -> None:
     for field, off in OFF.items():
         if field in raw and raw[field] not in off and not (field == "attention_bias" and model_type == "qwen2"):
             raise ValueError(f"{field} = {json.dumps(raw[field])[:80]} is not supported (only {json.dumps(off[-1])})")
-    if not all(raw.get("no_rope_layers") or ()):
+    nope = raw.get("no_rope_layers") or []
+    if not isinstance(nope, list) or not all(nope):
         raise ValueError("no_rope_layers marks blocks without position encoding; they are not supported")
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported, only {', '.join(FAMILIES)} "
@@ -139,7 +148,7 @@ def number(raw: dict, field: str, default: float | None = None) -> float:
     value = default if raw.get(field) is None else raw[field]
     if value is None:
         raise ValueError(f"{field} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
         raise ValueError(f"{field} must be a positive number; got {json.dumps(value)[:80]}")
     return value
 
@@ -159,7 +168,7 @@ def rope(raw: dict) -> tuple[float, dict | None]:
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise ValueError(f"{field} must be one flat object for all blocks; got {json.dumps(scaling)[:80]}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         raise ValueError(f"{field}: rope_type {kind!r} is not supported, only {', '.join(ROPE_NUMBERS)}")
     if scaling.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{field}: partial_rotary_factor {scaling['partial_rotary_factor']} is not supported")
@@ -172,20 +181,24 @@ def rope(raw: dict) -> tuple[float, dict | None]:
 
 def attention_kinds(raw: dict, model_type: str, layers: int) -> tuple[int | None, tuple[str, ...]]:
     """(sliding window or None, kind of attention of each block). A window that no block uses is None."""
-    window = None if raw.get("sliding_window") is None else size(raw, "sliding_window")
+    default = None if model_type == "llama" else 4096
+    window = raw.get("sliding_window", default)
     first = 0  # the first block that slides
     if model_type in ("qwen2", "qwen3"):
         window = window if raw.get("use_sliding_window", False) else None
         first = raw.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise ValueError(f"max_window_layers must be an integer; got {json.dumps(first)[:80]}")
     types = raw.get("layer_types")
     if types is None:
         types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or not all(kind in kinds for kind in types):
         raise ValueError(f"layer_types must hold {layers} times full_attention or sliding_attention; "
                          f"got {json.dumps(types)[:80]}")
     if "sliding_attention" not in types:
         return None, tuple(types)
-    return size(raw, "sliding_window"), tuple(types)
+    return size(raw, "sliding_window", default), tuple(types)
 
 
 def block_widths(raw: dict, layers: int) -> tuple[int, ...]:

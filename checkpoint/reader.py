@@ -26,7 +26,8 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"{path}: no such folder; expected one with config.json and *.safetensors files")
+            what = "not a" if self.path.exists() else "no such"
+            raise ValueError(f"{path!s:.200}: {what} folder; expected one with config.json and *.safetensors files")
         if not (self.path / "config.json").is_file():
             raise ValueError(f"{path} is not a checkpoint: it has no config.json")
         self.raw = read_json(self.path / "config.json")
@@ -77,8 +78,12 @@ class Checkpoint:
         if filename not in self._files:
             if not (self.path / path).is_file():
                 raise ValueError(f"{self.path}: {filename} is missing; download the checkpoint again")
+            with open(self.path / path, "rb"):
+                pass  # says so if it may not be read
             try:
                 self._files[filename] = safe_open(self.path / path, framework="pt", device="cpu")
+            except PermissionError:
+                raise
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{self.path / path} is truncated or corrupt ({error}); download it again") from None
         return self._files[filename]

@@ -1,4 +1,5 @@
 """Write a checkpoint folder block by block, so that it appears under its final name complete or not at all."""
+import contextlib
 import json
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ class Writer:
         self.pending, self.pending_bytes, self.shards, self.blocks = {}, 0, [], 0
 
     def __enter__(self) -> "Writer":
+        self.made = [path for path in self.out.parents if not path.exists()]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         need, free = self.source.size()[1], shutil.disk_usage(self.out.parent).free
         if free < need:
@@ -38,6 +40,9 @@ class Writer:
 
     def __exit__(self, *error) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already if finish renamed it
+        for path in self.made:
+            with contextlib.suppress(OSError):          # not empty: the result is in it
+                path.rmdir()
 
     def add(self, block: Weights) -> None:
         """Append a block, its tensors under their names inside the block."""
@@ -59,7 +64,10 @@ class Writer:
         record = record | {"parameters_before": before, "parameters_after": after,
                            "ratio_reached": round(1 - after / before, 6)}
         write_json(self.folder / "flatten.json", record)
-        self.folder.chmod(0o755)                        # mkdtemp's folders are private
+        mode = (self.folder / "config.json").stat().st_mode & 0o666
+        for path in self.folder.iterdir():
+            path.chmod(mode)                            # safetensors writes private files, mkdtemp a private folder:
+        self.folder.chmod(mode | mode >> 2 & 0o111)     # readers of config.json may read the rest
         publish(self.folder, self.out, self.overwrite)
         return record
 
@@ -119,21 +127,26 @@ def new_config(source: Checkpoint, groups: list[list[int]], wide: bool) -> dict:
                    "base_architectures": source.raw.get("architectures"),
                    "block_widths": [len(group) for group in groups]}
     elif source.is_wide:
-        config |= {"model_type": source.raw["base_model_type"], "architectures": source.raw["base_architectures"]}
+        config |= {"model_type": source.raw["base_model_type"], "architectures": source.raw.get("base_architectures")}
     return config
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
     """ValueError unless `out` may be written: not there yet, or replaceable, and apart from the source."""
-    here, there = out.resolve(), source.resolve()
+    try:
+        here, there = out.resolve(), source.resolve()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"--out {out} cannot be used ({error})") from None
     if here == there or there in here.parents or here in there.parents:
         raise ValueError(f"--out {out} and the checkpoint {source} overlap; choose a folder apart from it")
-    if not out.exists():
+    if not out.exists() and not out.is_symlink():
         return
+    ours = out.is_dir() and not out.is_symlink() and ((out / "flatten.json").is_file()
+                                                        or not any(out.iterdir()))
+    if not ours:
+        raise ValueError(f"{out} exists and is not a result of this program (no flatten.json); choose another --out")
     if not overwrite:
         raise ValueError(f"{out} exists already; choose another --out, or replace it with --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "flatten.json").is_file()):
-        raise ValueError(f"{out} is not a result of this program (no flatten.json); --overwrite replaces only those")
 
 
 def publish(folder: Path, out: Path, overwrite: bool) -> None:
@@ -144,6 +157,12 @@ def publish(folder: Path, out: Path, overwrite: bool) -> None:
         folder.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    out.rename(old / out.name)
-    folder.rename(out)
-    shutil.rmtree(old)
+    try:
+        out.rename(old / out.name)
+        folder.rename(out)
+    except BaseException:
+        if not out.exists():
+            (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-INTERRUPTED = "interrupted; no half-written result is left"
+INTERRUPTED = "interrupted"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -20,7 +20,7 @@ def run(main: Callable[[], None]) -> None:
     def stop(number: int, frame) -> None:
         stopped.append(number)
         raise KeyboardInterrupt
-    for number in (signal.SIGINT, signal.SIGTERM):  # a kill, too, cleans up
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a kill, or a lost connection, cleans up too
         signal.signal(number, stop)
     try:
         main()

@@ -15,7 +15,7 @@ from evaluate import losses, windows_of
 from model import Transformer, generate, move
 from prune import prune_block
 from text.tokenizer import load_tokenizer
-from text.wikitext import PYTHON, evaluation_text
+from text.wikitext import PYTHON, held_out_text
 
 BUNDLED = Path(__file__).parent / "checkpoint"
 PROMPT = "    def __init__(self, "
@@ -64,13 +64,16 @@ def variants(source: Checkpoint, ratio: float, max_group: int | None, ridge: flo
 
 def tour(args: argparse.Namespace) -> None:
     """Print the table: parameters, blocks, held-out perplexity and speed of each model; then two samples."""
+    if args.out or args.keep_wide or args.overwrite or args.explain or args.no_eval:
+        raise ValueError("--out, --keep-wide, --overwrite, --explain and --no-eval need --ckpt (the bundled model is "
+                         "demo/checkpoint); without it flatten.py only shows what the method does")
     calibrate.defaults(args, {"data": PYTHON, "samples": 64, "length": 256})
     source, tokenizer = Checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     tokens, text = calibrate.read_tokens(BUNDLED, args)
     dtype = calibrate.compute_dtype(args.dtype, args.device, source.dtype)
     runner = calibrate.Runner(source, args.length, args.device, dtype)
     groups, models = variants(source, args.ratio, args.max_group, args.ridge, tokens, runner)
-    judged, name = evaluation_text(args.data)
+    judged, name = held_out_text(args.data)
     windows = windows_of(torch.tensor(tokenizer.encode(judged)), args.length)
     windows = windows[::max(1, len(windows) // WINDOWS)][:WINDOWS]
     print(f"the bundled checkpoint, calibrated on {args.samples} x {args.length} tokens of {text}, judged on "
@@ -82,9 +85,12 @@ def tour(args: argparse.Namespace) -> None:
     for label, blocks in models.items():
         net = Transformer(source.config, [runner.block(weights) for weights in blocks], outer).eval().requires_grad_(False)
         score = math.exp(losses(net, windows, args.device).double().mean())
-        start = time.perf_counter()
-        samples[label] = tokenizer.decode(generate(net, prompt, 64)[0].tolist())
-        speed = 64 / (time.perf_counter() - start)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            ids = generate(net, prompt, 64)
+            times.append(time.perf_counter() - start)
+        samples[label], speed = tokenizer.decode(ids[0].tolist()), 64 / min(times)
         size = sum(tensor.numel() for weights in [*blocks, outer] for tensor in weights.values())
         print(f"| {label} | {size:,} | {len(blocks)} | {score:.3f} | {speed:.0f} |", flush=True)
     for label in ("dense", "flattened and pruned"):

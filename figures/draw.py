@@ -1,14 +1,30 @@
-"""Draw the README's figures. Needs matplotlib.
+"""Draw the README's figures: a sketch of the method, and what it does to the bundled checkpoint. Needs matplotlib.
 
-    python -m figures.draw              all of them, into figures/
+    python -m figures.draw              all of them, into figures/; about four minutes on two CPU cores
 """
+import argparse
+import math
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from torch import Tensor
+
+from calibrate import Measurement, Runner, defaults, embed, measure, read_tokens
+from checkpoint.reader import Checkpoint
+from demo.tour import BUNDLED, WINDOWS, variants
+from evaluate import losses, windows_of
+from flatten import flatten_blocks, merges_for_ratio, select_groups
+from model import Transformer, load, move
+from prune import probe, prune_attention, prune_block, relative_error, through
+from text.tokenizer import load_tokenizer
+from text.wikitext import PYTHON, evaluation_text
 
 HERE = Path(__file__).parent
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 BLUE, ORANGE, GREY = "#4878a8", "#d98032", "#c8c8c8"
 
 
@@ -57,13 +73,145 @@ def pipeline(path: Path) -> None:
     ax.set_xlim(0, 10.1)
     ax.set_ylim(-0.45, 3.9)
     ax.axis("off")
-    fig.savefig(path, bbox_inches="tight")
+    save(fig, path)
+
+
+def gradient_norms(tokens: Tensor) -> list[float]:
+    """Norm of the loss's gradient with respect to each block's weights, on the calibration tokens (N, T)."""
+    net = load(BUNDLED, dtype=torch.float32).requires_grad_(True)
+    for part in tokens.split(8):
+        logits = net(part)[:, :-1]
+        (F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) * len(part) / len(tokens)).backward()
+    return [float(torch.stack([p.grad.norm() for p in block.parameters()]).norm()) for block in net.model["layers"]]
+
+
+def motivation(path: Path, found: Measurement, gradients: list[float]) -> None:
+    """Why it works: the stream grows, what blocks add does not keep up, and deep blocks hardly learn."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 2.8))
+    axes[0].semilogy(found.variance, color=BLUE)
+    axes[0].set_title("variance of the stream", fontsize=9)
+    axes[1].plot(found.attention, color=BLUE, label="attention")
+    axes[1].plot(found.mlp, color=ORANGE, label="MLP")
+    axes[1].set_yscale("log")
+    axes[1].set_title("norm of the output / norm of the stream", fontsize=9)
+    axes[1].legend(frameon=False, fontsize=8)
+    axes[2].semilogy(gradients, color=BLUE)
+    axes[2].set_title("norm of the gradient", fontsize=9)
+    for ax in axes:
+        ax.set_xlabel("block", fontsize=8)
+        ax.tick_params(labelsize=7)
+    save(fig, path)
+
+
+def similarity(path: Path, S: Tensor, groups: list[list[int]]) -> None:
+    """S as a heat map with the chosen groups outlined."""
+    fig, ax = plt.subplots(figsize=(4.6, 3.8))
+    image = ax.imshow(S, cmap="viridis", vmin=float(S[1:, 1:].min()), vmax=1)
+    for group in groups:
+        if len(group) > 1:
+            ax.add_patch(Rectangle((group[0] - 0.5, group[0] - 0.5), len(group), len(group), fill=False, edgecolor=ORANGE,
+                                   linewidth=2))
+    fig.colorbar(image, label="cosine similarity of block inputs")
+    ax.set_xlabel("block")
+    ax.set_ylabel("block")
+    save(fig, path)
+
+
+def group_errors(source: Checkpoint, groups: list[list[int]], tokens: Tensor, runner: Runner) -> dict[str, list[float]]:
+    """Relative error of each merged block after flattening, after cutting heads, cutting channels, and compensation."""
+    xs, config = embed(source.outer(), tokens, runner.dtype), source.config
+    errors = {name: [] for name in ("flattening", "heads cut", "channels cut", "compensated")}
+    for group in groups:
+        members = [source.block(i) for i in group]
+        wide = flatten_blocks(members)
+        if len(group) == 1:
+            runner.run_block(wide, xs)
+            continue
+        start = probe(xs)
+        target = through(members, start, runner)
+        pruned, selected, kept = prune_block(wide, xs, runner, 10.0)
+        heads = torch.tensor([member * config.num_key_value_heads + j
+                              for member, chosen in enumerate(kept["kv_heads"]) for j in chosen])
+        steps = (wide, prune_attention(wide, heads, config), selected, pruned)
+        for name, weights in zip(errors, steps, strict=True):
+            errors[name].append(relative_error(through([weights], start, runner), target, start))
+    return errors
+
+
+def errors_by_group(path: Path, errors: dict[str, list[float]], labels: list[str]) -> None:
+    """Where the error of each merged block comes from."""
+    fig, ax = plt.subplots(figsize=(7, 2.8))
+    for k, (name, values) in enumerate(errors.items()):
+        places = [i + (k - 1.5) * 0.2 for i in range(len(values))]
+        ax.bar(places, values, 0.2, label=name, color=(GREY, "#8fb0cf", BLUE, ORANGE)[k])
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set_xlabel("joined blocks")
+    ax.set_ylabel("relative error")
+    ax.legend(frameon=False, fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.18))
+    save(fig, path)
+
+
+def curves(source: Checkpoint, tokens: Tensor, runner: Runner, windows: Tensor) -> dict[str, list[tuple[float, float]]]:
+    """{method: (share of parameters removed, held-out perplexity) for each ratio}."""
+    points, outer = {}, move(source.outer(), runner.device, runner.dtype)
+    for ratio in RATIOS:
+        _, models = variants(source, ratio, None, 10.0, tokens, runner)
+        merges = merges_for_ratio(source.config, ratio, source.config.num_hidden_layers)
+        share = merges * source.config.block_parameters() / source.config.parameters()
+        for name, blocks in models.items():
+            net = Transformer(source.config, [runner.block(weights) for weights in blocks], outer).requires_grad_(False)
+            score = math.exp(losses(net, windows, "cpu").double().mean())
+            points.setdefault(name, []).append((0 if name == "dense" else share, score))
+    return points
+
+
+def perplexity_by_ratio(path: Path, points: dict[str, list[tuple[float, float]]]) -> None:
+    """Held-out perplexity against the share of parameters removed (for the wide model: that pruning would remove)."""
+    fig, ax = plt.subplots(figsize=(6, 3.4))
+    dense = points["dense"][0]
+    names = ("blocks dropped (ShortGPT)", "flattened only (wide)", "flattened and pruned")
+    for name, color in zip(names, (GREY, BLUE, ORANGE), strict=True):
+        ax.plot(*zip(dense, *points[name], strict=True), marker="o", color=color, label=name)
+    ax.set_xlabel("share of all parameters removed")
+    ax.set_ylabel("held-out perplexity")
+    ax.legend(frameon=False, fontsize=8)
+    save(fig, path)
+
+
+def loss_curve(path: Path, rows: list[dict]) -> None:
+    """Loss of the bundled checkpoint during training."""
+    fig, ax = plt.subplots(figsize=(6, 2.8))
+    for name, color in (("train", GREY), ("held_out", ORANGE)):
+        ax.plot([row["tokens"] / 1e6 for row in rows], [row[name] for row in rows], color=color, label=name)
+    ax.set_xlabel("million tokens")
+    ax.set_ylabel("loss per token")
+    ax.legend(frameon=False)
+    save(fig, path)
+
+
+def save(fig, path: Path) -> None:
+    fig.savefig(path, bbox_inches="tight", metadata={"Date": None})
     plt.close(fig)
 
 
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same figure, the same file
     pipeline(HERE / "pipeline.svg")
+    args = argparse.Namespace(data=PYTHON, samples=64, length=256, seed=None, ridge=None)
+    defaults(args)
+    source, (tokens, _) = Checkpoint(BUNDLED), read_tokens(BUNDLED, args)
+    runner = Runner(source, args.length, "cpu", torch.float32)
+    found = measure(source, tokens, runner)
+    L = source.config.num_hidden_layers
+    groups = select_groups(found.S, merges_for_ratio(source.config, 0.2, L), L)
+    motivation(HERE / "motivation.svg", found, gradient_norms(tokens))
+    similarity(HERE / "similarity.svg", found.S, groups)
+    labels = ["+".join(map(str, group)) for group in groups if len(group) > 1]
+    errors_by_group(HERE / "errors.svg", group_errors(source, groups, tokens, runner), labels)
+    text, _ = evaluation_text(PYTHON)
+    windows = windows_of(torch.tensor(load_tokenizer(BUNDLED).encode(text)), args.length)
+    windows = windows[::max(1, len(windows) // WINDOWS)][:WINDOWS]
+    perplexity_by_ratio(HERE / "perplexity.svg", curves(source, tokens, runner, windows))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,12 @@ def test_cosines_of_zero_and_equal_streams():
     assert (sums[3] == 0).all()
 
 
+def test_cosine_sums_of_two_streams_written_out():
+    a = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    b = torch.tensor([[[4.0, 3.0], [0.0, 2.0]]])
+    assert_close(cosine_sums([a, b]), torch.tensor([[2.0, 0.96], [0.96, 2.0]]))
+
+
 def test_statistics_are_sums_over_tokens(monkeypatch):
     cfg, xs = tiny.config(), tiny.stream(tiny.config(), n=6)
     run, weights = tiny.runner(cfg, 12), tiny.block(cfg, 0)
@@ -86,6 +92,14 @@ def test_statistics_are_sums_over_tokens(monkeypatch):
     assert_close(run.mlp_gram(block, xs), gram)
 
 
+def test_head_sums_are_of_absolute_values_for_normed_inputs():
+    cfg, xs = tiny.config(num_key_value_heads=6, model_type="llama"), tiny.stream(tiny.config(), length=1)
+    weights = tiny.block(cfg, 0)
+    normed = xs / (xs.square().mean(-1, keepdim=True) + cfg.rms_norm_eps).sqrt() * weights["input_layernorm.weight"]
+    expected = (normed @ weights["self_attn.v_proj.weight"].T).abs().sum((0, 1))  # one token: attention is the value
+    assert_close(tiny.runner(cfg, 1).head_sums(Block(weights, cfg), xs), expected)
+
+
 def test_sums_are_float32_when_the_model_is_not():
     cfg = tiny.config()
     weights = {name: t.bfloat16() for name, t in tiny.block(cfg, 0).items()}
@@ -93,6 +107,9 @@ def test_sums_are_float32_when_the_model_is_not():
     block = run.block(weights)
     xs = tiny.stream(cfg).bfloat16()
     assert run.mlp_gram(block, xs).dtype == run.head_sums(block, xs).dtype == torch.float32
+    many = xs.repeat(200, 1, 1)  # in bfloat16 a sum stops growing when its terms are 256 times smaller
+    assert_close(run.head_sums(block, many), 200 * run.head_sums(block, xs), rtol=1e-3, atol=0)
+    assert_close(run.mlp_gram(block, many), 200 * run.mlp_gram(block, xs), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name, where", [("model.layers.3.mlp.up_proj.weight", "block 3"),

@@ -80,7 +80,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 
 def test_missing_folder_config_and_weights(tmp_path, ckpt):
     assert "no such folder" in refusal(tmp_path / "nowhere")
-    assert "no such folder" in refusal(ckpt / "config.json")
+    assert "not a folder" in refusal(ckpt / "config.json")
     (ckpt / "model.safetensors").rename(ckpt / "other")
     assert "not a checkpoint" in refusal(ckpt)
     (ckpt / "config.json").unlink()
@@ -141,7 +141,9 @@ def test_a_broken_index_is_refused(ckpt, content):
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"layer_types": ["chunked_attention"] * 5}, "layer_types"), ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"final_logit_softcapping": 30.0}, "softcapping"),
-    ({"residual_multiplier": 0.22}, "residual_multiplier"),
+    ({"residual_multiplier": 0.22}, "residual_multiplier"), ({"no_rope_layers": 5}, "no_rope_layers"),
+    ({"rope_scaling": {"rope_type": ["x"]}}, "rope_type"),
+    ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": None}, "max_window_layers"),
 ])
 def test_unsupported_wiring_is_refused_with_the_name_of_its_field(ckpt, changes, field):
     edit_config(ckpt, **changes)
@@ -150,8 +152,10 @@ def test_unsupported_wiring_is_refused_with_the_name_of_its_field(ckpt, changes,
 
 @pytest.mark.parametrize("field, value", [
     ("hidden_size", "DELETE"), ("hidden_size", -1), ("hidden_size", "32"), ("hidden_size", 1e400), ("hidden_size", True),
-    ("num_hidden_layers", 0), ("num_hidden_layers", 2.5), ("vocab_size", 2**40), ("num_key_value_heads", 4),
-    ("head_dim", 7), ("rms_norm_eps", 0), ("rope_theta", None), ("rope_scaling", [1])])
+    ("num_hidden_layers", 0), ("num_hidden_layers", 2 * 10**9), ("rms_norm_eps", 10**400),
+    ("layer_types", [{}] * 5), ("num_hidden_layers", 2.5), ("vocab_size", 2**40), ("num_key_value_heads", 4),
+    ("head_dim", 7), ("rms_norm_eps", 0), ("rope_theta", None), ("rope_scaling", [1]),
+    ("tie_word_embeddings", "false"), ("max_position_embeddings", "512")])
 def test_nonsense_in_config_is_refused_with_the_name_of_its_field(ckpt, field, value):
     if (field, value) == ("rope_theta", None):
         value = "fast"
@@ -202,6 +206,7 @@ def test_a_written_copy_is_bit_identical_and_leaves_nothing_beside_it(ckpt, tmp_
     out = tmp_path / "results" / "copy"
     copy(Checkpoint(ckpt), out)
     assert sorted(os.listdir(out.parent)) == ["copy"]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # the weights are as readable as the rest
     assert sorted(os.listdir(out)) == ["config.json", "flatten.json", "generation_config.json", "model.safetensors",
                                        "tokenizer.model"]
     before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
@@ -231,7 +236,7 @@ def test_an_error_in_the_middle_leaves_nothing(ckpt, tmp_path):
         with pytest.raises(error), Writer(tmp_path / "r" / "out", source) as writer:
             writer.add(source.block(0))
             raise error
-    assert os.listdir(tmp_path / "r") == []
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_full_disk_is_noticed_at_the_start(ckpt, tmp_path, monkeypatch):
@@ -249,12 +254,43 @@ def test_existing_outputs_are_replaced_only_when_asked_and_only_our_own(ckpt, tm
     (out / "mark").write_text("old")
     copy(source, out, overwrite=True)
     assert not (out / "mark").exists() and sorted(os.listdir(tmp_path)) == ["out", "tiny"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="not a result"):
+        copy(source, tmp_path / "link", overwrite=True)
+    (tmp_path / "link").unlink()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="not a result"):
         copy(source, foreign, overwrite=True)
     assert (foreign / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_if_replacing_fails_the_earlier_result_is_put_back(ckpt, tmp_path, monkeypatch, error):
+    from pathlib import Path
+    source, out = Checkpoint(ckpt), tmp_path / "r" / "out"
+    copy(source, out)
+    (out / "mark").write_text("old")
+    rename = Path.rename
+
+    def fail(self, target):
+        if ".partial-" in self.name and self.is_dir():
+            raise error("no")
+        return rename(self, target)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(error):
+        copy(source, out, overwrite=True)
+    assert (out / "mark").read_text() == "old" and os.listdir(out.parent) == ["out"]
+
+
+def test_shards_may_be_links_as_in_a_hub_cache(ckpt, tmp_path):
+    places = shard(ckpt)
+    (tmp_path / "blobs").mkdir()
+    for name in set(places.values()):
+        (ckpt / name).rename(tmp_path / "blobs" / name)
+        (ckpt / name).symlink_to(tmp_path / "blobs" / name)
+    assert Checkpoint(ckpt).size()[0] == Checkpoint(ckpt).config.parameters()
 
 
 def test_output_and_input_may_not_overlap(ckpt, tmp_path):

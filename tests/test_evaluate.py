@@ -82,6 +82,16 @@ def test_a_loss_that_is_not_a_number_is_an_error(tmp_path, text_file, cli):
         assert code == 2 and "NaN" in err and err.count("\n") == 1
 
 
+def test_a_loss_too_large_for_a_perplexity_is_an_error(tmp_path, text_file, cli):
+    from safetensors.torch import load_file, save_file
+    path = tiny.checkpoint(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e4
+    save_file(tensors, path / "model.safetensors")
+    code, _, err = cli(main, "--ckpt", path, "--data", text_file, "--window", 64)
+    assert code == 2 and "the perplexity" in err
+
+
 @pytest.mark.parametrize("arguments, message", [(["--window", 1], "--window"), (["--max-windows", 0], "--max-windows"),
                                                 (["--window", 10**6], "fewer than one window")])
 def test_impossible_requests_are_one_line(ckpt, text_file, cli, arguments, message):

@@ -138,6 +138,15 @@ def test_max_group_is_respected_and_never_runs_into_a_dead_end(seed, max_group):
         assert [i for group in groups for i in group] == list(range(9))
 
 
+def test_max_group_takes_the_most_alike_of_the_merges_it_allows():
+    S = example()  # without a limit the second merge makes {2, 3, 4}
+    assert select_groups(S, 2, 2) == [[0, 1], [2, 3], [4]]
+    S[3, 4] = 0.99
+    assert select_groups(S, 2, 2) == [[0], [1, 2], [3, 4]]
+    S[0, 1] = 0.95
+    assert select_groups(S, 2, 2) == [[0, 1], [2], [3, 4]]
+
+
 def test_equal_similarities_merge_the_first_pair():
     assert select_groups(torch.ones(4, 4), 1, 4) == [[0, 1], [2], [3]]
 

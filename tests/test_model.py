@@ -156,6 +156,29 @@ def test_ids_without_an_embedding_are_refused(ckpt):
         load(ckpt)(torch.tensor([[300]]))
 
 
+def rotated(x, position):
+    cos, sin = model.rope_table(tiny.config(), position, position + 1, like=x)
+    return model.rotate(x, cos, sin)[0, 0, 0]
+
+
+def test_rotation_depends_on_the_distance_only():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = [float(rotated(q, m) @ rotated(k, n)) for m, n in ((7, 3), (104, 100), (4, 0))]
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
+    assert float(rotated(q, 7) @ rotated(k, 4)) != pytest.approx(scores[0], rel=1e-3)
+    torch.testing.assert_close(rotated(q, 0), q[0, 0, 0])
+
+
+def test_rotation_turns_pairs_half_a_head_apart():
+    """Channel i and i + D/2 turn together, by position * theta^(-2i/D)."""
+    x = torch.zeros(1, 1, 1, 8, dtype=torch.float64)
+    x[..., 1] = 1.0
+    angle = 5 * 10000.0 ** (-2 / 8)
+    expected = torch.zeros(8, dtype=torch.float64)
+    expected[1], expected[5] = torch.tensor(angle).cos(), torch.tensor(angle).sin()
+    torch.testing.assert_close(rotated(x, 5), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_rope_llama3_blends_between_the_two_wavelengths():
     cfg = tiny.config(rope_scaling=LLAMA31, head_dim=64)
     plain = model.rope_frequencies(tiny.config(rope_theta=500000.0, head_dim=64))

@@ -107,6 +107,16 @@ def test_rounding_that_makes_the_statistics_indefinite_is_survived():
         regularized_cholesky(-torch.eye(F), 0.0)
 
 
+def test_solves_are_in_float64_whatever_the_statistics_are():
+    g = torch.Generator().manual_seed(0)
+    C = torch.randn(40, 6, generator=g, dtype=torch.float64)
+    C = (C @ C.T).float()  # of rank 6: float32 would not get far with the ridge below
+    ridge = 1e-4 * float(C.trace())
+    assert regularized_cholesky(C, ridge).dtype == torch.float64
+    expected = (C.double() @ torch.linalg.inv(C.double() + ridge * torch.eye(40, dtype=torch.float64))).diagonal()
+    assert_close(ridge_leverage(C, ridge), expected, atol=1e-10, rtol=1e-10)
+
+
 # ---- compensation
 
 def test_keeping_every_channel_is_the_identity(W, C):
@@ -232,6 +242,59 @@ def test_a_dead_block_merged_with_any_other_leaves_the_other(order, family):
     assert_close(got, expected)
     assert kept["channels"][order] == list(range(cfg.intermediate_size)) and kept["channels"][1 - order] == []
     assert {name: tuple(t.shape) for name, t in pruned.items()} == cfg.block_shapes()
+
+
+def written_out(wide, xs, cfg, ridge):
+    """prune_block's equations, computed from its weights without any of its functions (biases on q, k, v)."""
+    H, KV, D, n = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.intermediate_size
+    g, T = H // KV, xs.shape[1]
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + cfg.rms_norm_eps).sqrt() * weight
+    def rotated(x):
+        angle = torch.arange(T)[:, None].double() / cfg.rope_theta ** (torch.arange(0, D, 2).double() / D)
+        a, b = x[..., :D // 2], x[..., D // 2:]
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    def project(name):
+        y = norm(xs, wide["input_layernorm.weight"]) @ wide[f"self_attn.{name}_proj.weight"].T
+        return (y + wide[f"self_attn.{name}_proj.bias"]).unflatten(-1, (-1, D)).transpose(1, 2)
+    q, k, v = rotated(project("q")), rotated(project("k")), project("v")
+    heads, scores = [], []
+    for i in range(q.shape[1]):
+        weights = (q[:, i] @ k[:, i // g].transpose(1, 2) / D ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -1e9)
+        heads.append(weights.softmax(-1) @ v[:, i // g])
+        o = wide["self_attn.o_proj.weight"][:, i * D:(i + 1) * D]
+        scores.append(float((heads[i].abs().mean((0, 1)) * o.norm(dim=0)).sum()))
+    groups = [sum(scores[j * g:(j + 1) * g]) for j in range(len(scores) // g)]
+    kept = sorted(sorted(range(len(groups)), key=lambda j: -groups[j])[:KV])
+    x = xs + sum(heads[i] @ wide["self_attn.o_proj.weight"][:, i * D:(i + 1) * D].T
+                 for j in kept for i in range(j * g, (j + 1) * g))
+    z = norm(x, wide["post_attention_layernorm.weight"])
+    gate = z @ wide["mlp.gate_proj.weight"].T
+    psi = (gate / (1 + (-gate).exp()) * (z @ wide["mlp.up_proj.weight"].T)).flatten(0, 1)
+    C = psi.T @ psi / len(psi)
+    lam = ridge * float(C.trace()) / len(C)
+    s = (C @ torch.linalg.inv(C + lam * torch.eye(len(C)))).diagonal()
+    K = sorted(sorted(range(len(s)), key=lambda i: -float(s[i]))[:n])
+    W = wide["mlp.down_proj.weight"]
+    down = torch.linalg.solve(C[K][:, K] + lam * torch.eye(n), C[K] @ W.T + lam * W[:, K].T).T
+    return groups, kept, lam, K, down, x + (psi[:, K] @ down.T).view_as(x)
+
+
+@pytest.mark.parametrize("ridge", [0.03, 10.0])
+def test_pruning_a_block_follows_its_equations(ridge):
+    cfg = tiny.config()
+    xs, blocks = tiny.stream(cfg, n=5, length=30), [tiny.block(cfg, i) for i in range(3)]
+    blocks[1] = {name: t * 1.5 if "o_proj" in name or "up_proj" in name else t for name, t in blocks[1].items()}
+    wide = flatten_blocks(blocks)
+    groups, kept, lam, K, down, expected = written_out(wide, xs, cfg, ridge)
+    pruned, selected, found = prune_block(wide, xs, tiny.runner(cfg, 30), ridge)
+    assert found["head_scores"] == pytest.approx(groups, rel=1e-6) and found["ridge"] == pytest.approx(lam)
+    assert found["kv_heads"] == by_member(torch.tensor(kept), 2, 3)
+    assert found["channels"] == by_member(torch.tensor(K), 40, 3)
+    assert sum(map(bool, found["channels"])) > 1  # a choice that one block alone would not explain
+    assert_close(pruned["mlp.down_proj.weight"], down, atol=1e-6, rtol=1e-6)
+    assert torch.equal(selected["mlp.down_proj.weight"], wide["mlp.down_proj.weight"][:, K])
+    assert_close(xs, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("members", [2, 3])

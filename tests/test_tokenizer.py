@@ -196,7 +196,13 @@ def test_merges_out_of_order_are_refused(tmp_path):
     (lambda d: d.update(normalizer={"type": "Lowercase"}), "Lowercase"),
     (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
     (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
-    (lambda d: d["model"]["vocab"].pop("a"), "bytes")])
+    (lambda d: d["model"]["vocab"].pop("a"), "vocabulary|bytes"),
+    (lambda d: d["model"]["vocab"].update(a=d["model"]["vocab"]["b"]), "different"),
+    (lambda d: d.update(model=5), "malformed"), (lambda d: d.update(pre_tokenizer=[1]), "malformed"),
+    (lambda d: d.update(post_processor="x"), "malformed"), (lambda d: d.update(added_tokens=5), "malformed"),
+    (lambda d: d.update(added_tokens=[{"content": "", "id": 1}]), "added tokens"),
+    (lambda d: d.update(added_tokens=[{"content": "a", "id": 10**30}]), "added tokens"),
+    (lambda d: d["model"].update(merges=None), "malformed"), (lambda d: d["model"].update(merges=5), "malformed")])
 def test_unsupported_tokenizers_are_refused_by_what_they_are(tmp_path, change, message):
     small_bpe(tmp_path, gpt2_pre())
     data = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -91,11 +91,14 @@ def test_what_is_not_text_is_refused(tmp_path, content):
 def test_a_missing_path_and_a_damaged_zip_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         calibration_text(str(tmp_path / "none"))
-    data = bytearray(make_zip(tmp_path / "w.zip").read_bytes())
-    data[60:70] = b"##########"
-    (tmp_path / "w.zip").write_bytes(data)
-    with pytest.raises(ValueError, match="damaged"):
-        calibration_text(str(tmp_path / "w.zip"))
+    original = make_zip(tmp_path / "w.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "w.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("wikitext-2-raw/wiki.train.raw", RAW * 50)
+    for data in (bytearray(original), bytearray((tmp_path / "w.zip").read_bytes())):
+        data[60:70] = b"##########"
+        (tmp_path / "w.zip").write_bytes(data)
+        with pytest.raises(ValueError, match="damaged"):
+            calibration_text(str(tmp_path / "w.zip"))
 
 
 @pytest.fixture

@@ -51,7 +51,14 @@ class Tokenizer:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder; ValueError says which files are missing or what is not supported."""
-    folder = Path(folder)
+    try:
+        return read_tokenizer(Path(folder))
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:  # JSON of another form than any known
+        raise ValueError(f"{folder}: its tokenizer files are malformed ({type(error).__name__}: {error})") from None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """load_tokenizer, for files of the known forms."""
     settings = {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else {}
                 for name in ("tokenizer_config", "added_tokens", "tokenizer", "config")}
     models = [folder / "tokenizer.model", *sorted(folder.glob("*.tiktoken"))]
@@ -140,18 +147,21 @@ def from_vocab_and_merges(folder: Path, settings: dict) -> Tokenizer:
 def byte_level(path: Path, ranks: dict[bytes, int], pattern: str, normalize: str | None, specials: dict[str, int],
                bos_id: int | None, add_bos: bool) -> Tokenizer:
     """A Tokenizer that runs byte-level BPE in tiktoken: split by `pattern`, then merge the pair of lowest rank first."""
+    ids = set(ranks.values())
+    if len(ids) != len(ranks) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{path}: ids of tokens must be different integers")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{path}: no token for {len(missing)} of the 256 bytes")
     try:
         encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except Exception as error:  # tiktoken raises bare Exceptions of several kinds
         raise ValueError(f"{path}: not a usable byte-level BPE vocabulary ({error})") from None
-    known = set(ranks.values())
-
     def encode(text: str) -> list[int]:
         return encoding.encode_ordinary(unicodedata.normalize(normalize, text) if normalize else text)
 
     def decode(ids: list[int]) -> str:
-        return encoding.decode([i for i in ids if i in known], errors="replace")
-    return Tokenizer(encode, decode, specials, bos_id, add_bos, max([*known, *specials.values()]) + 1)
+        return encoding.decode([i for i in ids if i in ids], errors="replace")
+    return Tokenizer(encode, decode, specials, bos_id, add_bos, max([*ids, *specials.values()]) + 1)
 
 
 def merge_ranks(path: Path, vocab: dict[str, int], merges: list[list[str]], specials: dict[str, int],
@@ -167,8 +177,6 @@ def merge_ranks(path: Path, vocab: dict[str, int], merges: list[list[str]], spec
         if made != sorted(made):
             raise ValueError("its merges are not in the order of their ids")
         reachable = set(made)
-        if missing := [char for char in byte_of if char not in vocab]:
-            raise ValueError(f"no token for {len(missing)} of the 256 bytes")
         return {bytes(byte_of[char] for char in token): i for token, i in vocab.items()
                 if (len(token) == 1 or keep_all or i in reachable) and token not in specials}
     except (KeyError, ValueError, TypeError) as error:
@@ -202,10 +210,14 @@ def split_pattern(path: Path, pre: dict | None) -> str:
 
 def added_tokens(settings: dict) -> dict[str, int]:
     """{token: id} of all tokens that are cut out of a text before anything else, from the three places they stand in."""
-    tokens = {name: i for name, i in settings["added_tokens"].items() if type(i) is int}
+    tokens = dict(settings["added_tokens"])
     tokens |= {entry["content"]: int(i)
                for i, entry in (settings["tokenizer_config"].get("added_tokens_decoder") or {}).items()}
-    return tokens | {entry["content"]: entry["id"] for entry in settings["tokenizer"].get("added_tokens") or []}
+    tokens |= {entry["content"]: entry["id"] for entry in settings["tokenizer"].get("added_tokens") or []}
+    for name, i in tokens.items():
+        if not isinstance(name, str) or not name or type(i) is not int or not 0 <= i < 2**31:
+            raise ValueError(f"added tokens need a text and an id; got {name!r}: {i!r}")
+    return tokens
 
 
 def bos_habit(settings: dict, specials: dict[str, int], bos_id: int | None, default: bool) -> tuple[int | None, bool]:

@@ -1,10 +1,12 @@
 """WikiText-2 and other text: found, fetched once if need be, and joined exactly as the field joins it."""
 import hashlib
+import lzma
 import os
 import re
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from text import stdlib
@@ -121,7 +123,7 @@ def read_split(path: Path, split: str) -> bytes | None:
                 if info.file_size > LIMIT:
                     raise ValueError(f"{path}: {info.filename} unpacks to more than {LIMIT >> 30} GB")
                 return checked(archive.read(info), path / info.filename)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} is a damaged zip file ({error}); download it again") from None
     return None
 

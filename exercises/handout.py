@@ -1,0 +1,38 @@
+"""Write the student's copy of the project: the exercised functions empty, everything else intact, no history.
+
+    python -m exercises.handout OUT
+"""
+import argparse
+import shutil
+from pathlib import Path
+
+from console import run
+from exercises.exercises import EXERCISES, ROOT, set_body
+
+LEFT_OUT = {".git", ".venv", "out", "__pycache__", ".pytest_cache", ".ruff_cache"}
+
+
+def handout(out: Path) -> None:
+    """Write the copy. ValueError if `out` exists or lies inside the project."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another folder")
+    if ROOT.resolve() in out.resolve().parents:
+        raise ValueError(f"{out} is inside the project; choose a folder outside it")
+    shutil.copytree(ROOT, out, ignore=lambda folder, names: LEFT_OUT.intersection(names))
+    for exercise in EXERCISES:
+        path = out / exercise.file
+        empty = f'    raise NotImplementedError("exercise {exercise.number}")'
+        path.write_text(set_body(path.read_text(), exercise.function, empty))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the student's copy.", epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    out = parser.parse_args().out
+    handout(out)
+    print(f"wrote {out}: {len(EXERCISES)} functions to write, see {out / 'EXERCISES.md'}")
+
+
+if __name__ == "__main__":
+    run(main)
