@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -197,17 +198,20 @@ def test_reported_errors_are_those_of_the_blocks(tmp_path, ckpt, run):
 
 def test_two_passes_over_the_text_and_one_block_in_memory(tmp_path, run, monkeypatch):
     """At most two passes through the depth, the few windows of the reported errors aside, and no block is kept."""
-    import gc
     path = tiny.checkpoint(tmp_path / "m", num_hidden_layers=8)
-    tokens, alive = [], []
-    plain = calibrate.Block.attend
+    tokens, blocks, alive = [], [], []
+    plain, make = calibrate.Block.attend, calibrate.Runner.block
+
+    def block(self, weights):
+        blocks.append(weakref.ref(made := make(self, weights)))
+        return made
 
     def attend(self, x, *args):
         tokens.append(x.shape[0] * x.shape[1])
-        gc.collect()
-        alive.append(sum(isinstance(thing, calibrate.Block) for thing in gc.get_objects()))
+        alive.append(sum(ref() is not None for ref in blocks))
         return plain(self, x, *args)
     monkeypatch.setattr(calibrate.Block, "attend", attend)
+    monkeypatch.setattr(calibrate.Runner, "block", block)
     run(flatten.main, "--ckpt", path, "--ratio", 0.1, "--out", tmp_path / "out", "--samples", 32, "--length", 16,
         "--no-eval")
     text, probes = 32 * 16, 2 * 16
