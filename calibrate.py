@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import console
 from checkpoint.reader import Checkpoint, Weights
 from console import command, progress, run
 from model import Block, check_ids, move, rope_table
@@ -252,8 +253,7 @@ def compute_dtype(name: str | None, device: str, stored: torch.dtype) -> torch.d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show why, and where, a model can be flattened.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Show why, and where, a model can be flattened.", __doc__)
     parser.add_argument("--ckpt", required=True, help="checkpoint folder")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, help="where S goes (default out/NAME-similarity.npy)")

@@ -7,7 +7,6 @@ each window the mean loss, in float32, over its 2047 predictions; the perplexity
     python evaluate.py --ckpt PATH [PATH ...]              a table; --stream for models larger than memory
     python evaluate.py --ckpt PATH --prompt "Once upon"    and a greedy continuation, to see what the number means
 """
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import console
 from calibrate import DTYPES, Runner, batches, check_finite, compute_dtype, embed
 from checkpoint.config import read_json
 from checkpoint.reader import Checkpoint
@@ -133,8 +133,7 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048, l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the perplexity of checkpoints.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Measure the perplexity of checkpoints.", __doc__)
     parser.add_argument("--ckpt", required=True, nargs="+", help="one or more checkpoint folders")
     parser.add_argument("--data", help="a folder with wiki.test.raw, the WikiText-2 zip, any text file, or 'python' for "
                                        "Python's own library (default: WikiText-2, downloaded once)")

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import console
 from calibrate import (
     Runner,
     add_arguments,
@@ -127,10 +128,14 @@ def check_flattenable(source: Checkpoint) -> None:
                          "joined")
 
 
-def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, keep_wide: bool) -> tuple[Weights, dict]:
-    """(the block that replaces these, what came of it); the stream xs (N, T, C) passes through it, in place."""
+def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, keep_wide: bool, where: str,
+             ) -> tuple[Weights, dict]:
+    """(the block that replaces these, what came of it); the stream xs (N, T, C) passes through it, in place.
+
+    ValueError, naming `where`, if anything becomes NaN or infinite.
+    """
     wide = flatten_blocks(members)
-    check_finite(wide, "the joined blocks")
+    check_finite(wide, where)
     if len(members) == 1:
         runner.run_block(wide, xs)
         return wide, {}
@@ -140,7 +145,7 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
     if keep_wide:
         runner.run_block(wide, xs)
         return wide, found
-    weights, more = prune_and_report(wide, xs, runner, ridge, start, target)
+    weights, more = prune_and_report(wide, xs, runner, ridge, start, target, where)
     return weights, found | more
 
 
@@ -161,8 +166,7 @@ def explain(groups: list[dict], S: Tensor, config: Config) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Flatten neighbouring blocks, then prune back to the original width.",
-                                     epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Flatten neighbouring blocks, then prune back to the original width.", __doc__)
     parser.add_argument("--ckpt", help="checkpoint folder: config.json, *.safetensors, tokenizer (default: a tour of the "
                                        "method on the bundled checkpoint)")
     parser.add_argument("--ratio", type=float, default=0.2, help="fraction of all parameters to remove (default 0.2)")
@@ -203,7 +207,8 @@ def main() -> None:
                   for blocks in select_groups(S, merges, max_group)]
         xs = embed(source.outer(), tokens, runner.dtype)                             # (N, T, C), enters block 0
         for group in progress(groups, "flatten and prune: blocks", len(groups)):
-            weights, found = compress([source.block(i) for i in group["blocks"]], xs, runner, args.ridge, args.keep_wide)
+            members = [source.block(i) for i in group["blocks"]]
+            weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, where=f"blocks {group['blocks']}")
             writer.add(weights)
             if found:
                 group |= found

@@ -13,12 +13,12 @@ do so as well as they can.
 
     python prune.py --ckpt WIDE            prunes a checkpoint that flatten.py --keep-wide has written
 """
-import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import console
 from calibrate import (
     Runner,
     add_arguments,
@@ -152,17 +152,18 @@ def prune_mlp(weights: Weights, keep: Tensor, down: Tensor) -> Weights:
 
 
 def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compensate: bool = True,
-                ) -> tuple[Weights, Weights, dict]:
+                where: str = "the wide block") -> tuple[Weights, Weights, dict]:
     """(pruned block, the same without compensation, what was kept); the stream xs (N, T, C) passes through the first.
 
     compensate=False makes the first the same as the second. Heads go first: the MLP is measured on what the remaining
-    heads write. ridge is a multiple of C's mean eigenvalue. ValueError if a statistic is NaN or infinite.
+    heads write. ridge is a multiple of C's mean eigenvalue. ValueError, naming `where`, if a
+    statistic is NaN or infinite.
     """
     config, tokens = runner.config, xs.shape[0] * xs.shape[1]
     o_proj = wide["self_attn.o_proj.weight"]
     width = o_proj.shape[1] // (config.num_attention_heads * config.head_dim)
     sizes = runner.head_sums(runner.block(wide), xs).cpu() / tokens
-    check_finite({"the head statistics": sizes}, "merging")
+    check_finite({"the head statistics": sizes}, where)
     scores = head_importance(sizes, o_proj, width * config.num_key_value_heads)
     kv_heads = keep_kv_heads(scores, config)
     weights = prune_attention(wide, kv_heads, config)
@@ -170,7 +171,7 @@ def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compens
     block = runner.block(weights)
     runner.update(xs, lambda x: x + block.attend(x, runner.rope))
     C = runner.mlp_gram(block, xs) / tokens
-    check_finite({"the channel statistics": C}, "merging")
+    check_finite({"the channel statistics": C}, where)
     lam = absolute_ridge(C, ridge)
     leverage = ridge_leverage(C, lam)
     channels = best(leverage, config.intermediate_size)
@@ -179,7 +180,7 @@ def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compens
     channels = channels.cpu()
     selected = prune_mlp(weights, channels, down[:, channels])
     pruned = prune_mlp(weights, channels, repaired) if compensate else selected
-    check_finite(pruned, "merging")
+    check_finite(pruned, where)
 
     block = runner.block(pruned)
     runner.update(xs, lambda x: x + block.feed(x))
@@ -217,10 +218,10 @@ def probe(xs: Tensor) -> Tensor:
     return xs[:max(1, len(xs) // 16)].clone()
 
 
-def prune_and_report(wide: Weights, xs: Tensor, runner: Runner, ridge: float, start: Tensor, target: Tensor,
+def prune_and_report(wide: Weights, xs: Tensor, runner: Runner, ridge: float, start: Tensor, target: Tensor, where: str,
                      ) -> tuple[Weights, dict]:
     """prune_block, with the errors for flatten.json: `target` is what `start`, a probe of xs, should have become."""
-    pruned, selected, kept = prune_block(wide, xs, runner, ridge)
+    pruned, selected, kept = prune_block(wide, xs, runner, ridge, where=where)
     return pruned, kept | {"error_selected": relative_error(through([selected], start, runner), target, start),
                            "error_compensated": relative_error(xs[:len(start)], target, start)}
 
@@ -255,8 +256,7 @@ def read_record(source: Checkpoint) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prune a wide checkpoint back to ordinary width.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Prune a wide checkpoint back to ordinary width.", __doc__)
     parser.add_argument("--ckpt", required=True, help="folder written by flatten.py --keep-wide")
     parser.add_argument("--out", type=Path, help="result (default out/NAME-pruned)")
     parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues of C (default: as recorded, else 10)")
@@ -284,7 +284,8 @@ def main() -> None:
                 runner.run_block(weights, xs)
             else:
                 start = probe(xs)
-                weights, found = prune_and_report(weights, xs, runner, args.ridge, start, through([weights], start, runner))
+                target = through([weights], start, runner)
+                weights, found = prune_and_report(weights, xs, runner, args.ridge, start, target, f"block {i}")
                 group.pop("error_flattened", None)
                 group |= {"errors_relative_to": "wide block", **found}
                 print(row(group, source.config))

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import console
 import flatten
 from calibrate import compute_dtype
 from checkpoint.config import Config
@@ -170,8 +171,7 @@ def compare_memory(folder: Path, text: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmarks.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Benchmarks.", __doc__)
     parser.add_argument("--ckpt", type=Path, help="a real checkpoint (default: a random one)")
     parser.add_argument("--data", help="a text file (default: Python's own documentation)")
     parser.add_argument("--ratio", type=float, default=0.2)

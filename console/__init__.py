@@ -1,4 +1,5 @@
 """What a user of the scripts sees besides results: progress on long work, and one line when something is wrong."""
+import argparse
 import os
 import shlex
 import signal
@@ -38,6 +39,14 @@ def run(main: Callable[[], None]) -> None:
             raise
         hint = "not enough memory; try fewer --samples, a smaller --length, or --max-group 2: " if out_of_memory else ""
         fail(hint + " ".join(str(error).split()))
+
+
+def parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """A command-line parser whose --help ends with `epilog` as it stands, and whose errors are one line."""
+    made = argparse.ArgumentParser(description=description, epilog=epilog,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.error = lambda message: fail(f"{message}; {made.prog} --help shows what there is")
+    return made
 
 
 def fail(message: str) -> None:

@@ -8,7 +8,6 @@
 
     python -m demo.train --out out/demo                 about 20 minutes on two CPU cores (--compile)
 """
-import argparse
 import io
 import json
 import math
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+import console
 from checkpoint.config import Config
 from console import run
 from model import Block, Transformer
@@ -93,8 +93,7 @@ def save(net: Transformer, config: dict, vocabulary: bytes, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain a small LLaMA on Python's own text.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Pretrain a small LLaMA on Python's own text.", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder; must not exist")
     for name, value in {"width": 128, "blocks": 24, "heads": 8, "kv-heads": 4, "channels": 352, "vocabulary": 4096,
                         "steps": 700, "batch": 16, "length": 256, "seed": 0}.items():

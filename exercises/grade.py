@@ -8,7 +8,6 @@ function costs its own points only. Write everything inside the function: helper
 This runs the submission's code with your rights. Tests have a time limit, but this is NO SANDBOX: grade strangers' code in
 a container or on a machine that holds nothing of value.
 """
-import argparse
 import contextlib
 import os
 import shutil
@@ -19,6 +18,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import console
 from console import run
 from exercises.exercises import EXERCISES, POINTS, ROOT, Exercise, get_body, set_body
 from exercises.handout import LEFT_OUT
@@ -71,8 +71,7 @@ def grade(submission: Path, exercises: list[Exercise], seconds: float) -> list[t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Grade a submission.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Grade a submission.", __doc__)
     parser.add_argument("submission", type=Path, help="the student's folder")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the exercises to grade (default: all)")
     parser.add_argument("--seconds", type=float, default=60, help="time limit for the tests of an exercise (default 60)")

@@ -2,10 +2,10 @@
 
     python -m exercises.handout OUT
 """
-import argparse
 import shutil
 from pathlib import Path
 
+import console
 from console import run
 from exercises.exercises import EXERCISES, ROOT, set_body
 
@@ -26,8 +26,7 @@ def handout(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the student's copy.", epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.parser("Write the student's copy.", __doc__)
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     out = parser.parse_args().out
     handout(out)

@@ -337,3 +337,9 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, ckpt, text_file):
 def test_help_works_from_anywhere(tmp_path, script):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "--ckpt" in done.stdout and f"python {script}" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--ratio", "20%"], ["--samples", "many"], ["--nonsense"], ["surplus"]])
+def test_a_mistyped_option_is_one_line(cli, arguments):
+    code, out, err = cli(flatten.main, *arguments)
+    assert code == 2 and err.count("\n") == 1 and "--help" in err and not out
