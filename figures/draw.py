@@ -86,8 +86,8 @@ def gradient_norms(tokens: Tensor) -> list[float]:
 
 
 def motivation(path: Path, found: Measurement, gradients: list[float]) -> None:
-    """Why it works: the stream grows, what blocks add does not keep up, and deep blocks hardly learn."""
-    fig, axes = plt.subplots(1, 3, figsize=(10, 2.8))
+    """Why it works: the stream grows with depth and what blocks add does not keep up; and the gradient of each block."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
     axes[0].semilogy(found.variance, color=BLUE)
     axes[0].set_title("variance of the stream", fontsize=9)
     axes[1].plot(found.attention, color=BLUE, label="attention")
@@ -99,7 +99,7 @@ def motivation(path: Path, found: Measurement, gradients: list[float]) -> None:
     axes[2].set_title("norm of the gradient", fontsize=9)
     for ax in axes:
         ax.set_xlabel("block", fontsize=8)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which="both", labelsize=7)
     save(fig, path)
 
 
