@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as stored on a GPU, float32 on a CPU)")
 
 
-def describe_run(script: str, args: argparse.Namespace, tokens: Tensor, text: str, runner: "Runner", **flags) -> dict:
+def describe_run(script: str, args: argparse.Namespace, tokens: Tensor, text: str, runner: Runner, **flags) -> dict:
     """What flatten.json records so that a run can be repeated: settings, calibration text, versions, the command."""
     names = ("samples", "length", "seed", "ridge", "max_group", "data")
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}

@@ -135,10 +135,10 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
     ValueError, naming `where`, if anything becomes NaN or infinite.
     """
     wide = flatten_blocks(members)
-    check_finite(wide, where)
     if len(members) == 1:
         runner.run_block(wide, xs)
         return wide, {}
+    check_finite(wide, where)
     start = probe(xs)
     target = through(members, start, runner)
     found = {"error_flattened": relative_error(through([wide], start, runner), target, start)}

@@ -12,7 +12,7 @@ from pathlib import Path
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WIDE = "flattened_wide"  # model_type of a checkpoint whose blocks differ in width; see Config.widths
 LIMIT = 64 * 2**20       # bytes; no honest JSON file of a checkpoint is larger
-MOST_BLOCKS = 10_000
+MOST_BLOCKS = 10_000     # far beyond any model, and few enough to list
 
 # Fields that switch on wiring we do not compute, each with the values under which it is off.
 OFF = {

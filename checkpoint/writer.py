@@ -30,11 +30,12 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         self.made = [path for path in self.out.parents if not path.exists()]
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        need, free = self.source.size()[1], shutil.disk_usage(self.out.parent).free
+        disk = next(path for path in self.out.absolute().parents if path.exists())
+        need, free = self.source.size()[1], shutil.disk_usage(disk).free
         if free < need:
             raise ValueError(f"the disk of {self.out} has {free / 1e9:.2f} GB free and the result may need "
                              f"{need / 1e9:.2f} GB; free some or choose another --out")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
         return self
 

@@ -21,8 +21,8 @@ def run(main: Callable[[], None]) -> None:
     def stop(number: int, frame) -> None:
         stopped.append(number)
         raise KeyboardInterrupt
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a kill, or a lost connection, cleans up too
-        signal.signal(number, stop)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # a kill, or a lost connection, cleans up too
+        signal.signal(getattr(signal, name), stop)
     try:
         main()
     except KeyboardInterrupt:

@@ -1,12 +1,12 @@
 """Pretrain a small LLaMA from random weights on text that every Python installation has. A lesson in one file.
 
-1. text       the standard library's documentation and sources, without the held-out tenth (text/stdlib.py)
+1. text       the standard library's documentation and sources, without what is held out (text/stdlib.py)
 2. tokens     a sentencepiece BPE vocabulary learned on that text
 3. weights    normal numbers of deviation 0.02; what writes to the residual stream is scaled down by sqrt(2 L)
 4. training   AdamW on random windows of 256 tokens; the rate warms up, stays, and falls to zero over the last 40 %
 5. files      an ordinary Hugging Face LLaMA checkpoint in bfloat16, and the loss curve as JSON lines
 
-    python -m demo.train --out out/demo                 about 20 minutes on two CPU cores (--compile)
+    python -m demo.train --out out/demo                 about 20 minutes on two quiet CPU cores (--compile)
 """
 import io
 import json

@@ -241,9 +241,9 @@ def test_an_error_in_the_middle_leaves_nothing(ckpt, tmp_path):
 
 def test_a_full_disk_is_noticed_at_the_start(ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match="free"), Writer(tmp_path / "out", Checkpoint(ckpt)):
+    with pytest.raises(ValueError, match="free"), Writer(tmp_path / "new" / "out", Checkpoint(ckpt)):
         pass
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_existing_outputs_are_replaced_only_when_asked_and_only_our_own(ckpt, tmp_path):
