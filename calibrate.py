@@ -89,6 +89,16 @@ class Runner:
         block = self.block(weights)
         self.update(xs, lambda x: block(x, self.rope))
 
+    def attend(self, weights: Weights, xs: Tensor) -> None:
+        """xs <- xs + the block's attention, in place."""
+        block = self.block(weights)
+        self.update(xs, lambda x: x + block.attend(x, self.rope))
+
+    def feed(self, weights: Weights, xs: Tensor) -> None:
+        """xs <- xs + the block's MLP, in place."""
+        block = self.block(weights)
+        self.update(xs, lambda x: x + block.feed(x))
+
     @torch.inference_mode()
     def head_sums(self, block: Block, xs: Tensor) -> Tensor:
         """Sum over tokens of |what each channel of each head hands to o_proj|, (H*D,): the statistic of head_importance."""

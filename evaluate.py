@@ -6,6 +6,7 @@ each window the mean loss, in float32, over its 2047 predictions; the perplexity
 
     python evaluate.py --ckpt PATH [PATH ...]              a table; --stream for models larger than memory
     python evaluate.py --ckpt PATH --prompt "Once upon"    and a greedy continuation, to see what the number means
+    python evaluate.py --ckpt PATH --tasks piqa,boolq --data D      zero-shot accuracy on local files instead
 """
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 import console
 from calibrate import DTYPES, Runner, batches, check_finite, compute_dtype, embed
 from checkpoint.config import read_json
-from checkpoint.reader import Checkpoint
+from checkpoint.reader import Checkpoint, Weights
 from console import progress, run
 from model import RMSNorm, Transformer, generate, load, move
 from text.tokenizer import load_tokenizer
@@ -65,11 +66,23 @@ def losses_streamed(source: Checkpoint, windows: Tensor, device: str, dtype: tor
     L = source.config.num_hidden_layers
     for i in progress(range(L), "evaluate: blocks", L):
         runner.run_block(source.block(i), xs)
-    outer = move(outer, runner.device, dtype)
-    norm = RMSNorm(outer["model.norm.weight"], source.config.rms_norm_eps)
+    return final_losses(outer, xs, windows, runner)
+
+
+def readout(outer: Weights, runner: Runner):
+    """The function from streams (..., C) that leave the last block to logits (..., V)."""
+    outer = move(outer, runner.device, runner.dtype)
+    norm = RMSNorm(outer["model.norm.weight"], runner.config.rms_norm_eps)
     head = outer.get("lm_head.weight", outer["model.embed_tokens.weight"])
-    return torch.cat([window_losses(lambda states: F.linear(states, head), norm(xs[rows].to(runner.device)),
-                                    windows[rows].to(runner.device)).cpu() for rows in batches(windows)])
+    return lambda states: F.linear(norm(states), head)
+
+
+@torch.inference_mode()
+def final_losses(outer: Weights, xs: Tensor, windows: Tensor, runner: Runner) -> Tensor:
+    """Mean loss of each window (N, T) -> (N,), from the streams xs (N, T, C) that leave the last block."""
+    logits_of = readout(outer, runner)
+    return torch.cat([window_losses(logits_of, xs[rows].to(runner.device), windows[rows].to(runner.device)).cpu()
+                      for rows in batches(windows)])
 
 
 @dataclass
@@ -136,7 +149,11 @@ def main() -> None:
     parser = console.parser("Measure the perplexity of checkpoints.", __doc__)
     parser.add_argument("--ckpt", required=True, nargs="+", help="one or more checkpoint folders")
     parser.add_argument("--data", help="a folder with wiki.test.raw, the WikiText-2 zip, any text file, or 'python' for "
-                                       "Python's own library (default: WikiText-2, downloaded once)")
+                                       "Python's own library (default: WikiText-2, downloaded once); for --tasks the "
+                                       "folder with their files")
+    parser.add_argument("--tasks", help="zero-shot accuracy instead of perplexity: names with commas between, of piqa, "
+                                        "winogrande, hellaswag, arc_easy, arc_challenge, openbookqa, boolq")
+    parser.add_argument("--limit", type=int, help="only so many questions of each task: quicker, and not the field's number")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window (default 2048)")
     parser.add_argument("--max-windows", type=int, help="only so many windows: quicker, and not the field's number")
     parser.add_argument("--stream", action="store_true", help="one block in memory at a time; the same numbers")
@@ -150,6 +167,9 @@ def main() -> None:
         args.prompt.encode("utf-8")  # a ValueError now rather than a crash inside a tokenizer
     for path in args.ckpt:
         Checkpoint(path)  # all of them, before the first takes its time
+    if args.tasks or args.limit is not None:
+        from zeroshot.score import zero_shot  # here, because it calls this file's functions
+        return zero_shot(args.ckpt, args.tasks, args.data, args.limit, args.device, args.dtype)
     compare(args.ckpt, *evaluation_text(args.data), args.window, args.max_windows, args.device, args.dtype, args.stream,
             args.prompt)
 

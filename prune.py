@@ -151,6 +151,40 @@ def prune_mlp(weights: Weights, keep: Tensor, down: Tensor) -> Weights:
     return weights | pruned | {"mlp.down_proj.weight": down.to(weights["mlp.down_proj.weight"].dtype)}
 
 
+def score_heads(wide: Weights, xs: Tensor, runner: Runner, where: str = "the block") -> Tensor:
+    """Score of each KV head of a block, on the streams xs (N, T, C) that enter it. ValueError if one is not finite."""
+    o_proj, config = wide["self_attn.o_proj.weight"], runner.config
+    query_size = config.num_attention_heads // config.num_key_value_heads * config.head_dim  # channels of a KV head
+    sizes = runner.head_sums(runner.block(wide), xs).cpu() / (xs.shape[0] * xs.shape[1])
+    check_finite({"the head statistics": sizes}, where)
+    return head_importance(sizes, o_proj, o_proj.shape[1] // query_size)
+
+
+def leverage_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:
+    """The paper's score of channels, (F,): ridge leverage. Any function of C, ridge and down_proj (d, F) can replace it."""
+    return ridge_leverage(C, ridge)
+
+
+def cut_channels(block: Weights, xs: Tensor, runner: Runner, n: int, ridge: float, where: str = "the block",
+                 score=leverage_score) -> tuple[Weights, Weights, dict]:
+    """(the block with its n best channels and the others folded in, the same without folding, what was kept).
+
+    xs (N, T, C) are the streams that have passed its attention; they stay as they are. ridge is a multiple of C's mean
+    eigenvalue. ValueError if a statistic is not finite.
+    """
+    C = runner.mlp_gram(runner.block(block), xs) / (xs.shape[0] * xs.shape[1])
+    check_finite({"the channel statistics": C}, where)
+    lam, down = absolute_ridge(C, ridge), block["mlp.down_proj.weight"].to(C.device)
+    scores = score(C, lam, down)
+    channels = best(scores, n)
+    repaired = nystrom_down(down, C, channels, lam).cpu()
+    channels = channels.cpu()
+    selected = prune_mlp(block, channels, block["mlp.down_proj.weight"][:, channels])
+    pruned = prune_mlp(block, channels, repaired)
+    check_finite(pruned, where)
+    return pruned, selected, {"channels": channels, "ridge": lam, "effective_dimension": float(scores.sum())}
+
+
 def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compensate: bool = True,
                 where: str = "the wide block") -> tuple[Weights, Weights, dict]:
     """(pruned block, the same without compensation, what was kept); the stream xs (N, T, C) passes through the first.
@@ -159,34 +193,18 @@ def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compens
     heads write. ridge is a multiple of C's mean eigenvalue. ValueError, naming `where`, if a
     statistic is NaN or infinite.
     """
-    config, tokens = runner.config, xs.shape[0] * xs.shape[1]
-    o_proj = wide["self_attn.o_proj.weight"]
-    width = o_proj.shape[1] // (config.num_attention_heads * config.head_dim)
-    sizes = runner.head_sums(runner.block(wide), xs).cpu() / tokens
-    check_finite({"the head statistics": sizes}, where)
-    scores = head_importance(sizes, o_proj, width * config.num_key_value_heads)
+    config = runner.config
+    scores = score_heads(wide, xs, runner, where)
+    width = len(scores) // config.num_key_value_heads
     kv_heads = keep_kv_heads(scores, config)
     weights = prune_attention(wide, kv_heads, config)
+    runner.attend(weights, xs)
 
-    block = runner.block(weights)
-    runner.update(xs, lambda x: x + block.attend(x, runner.rope))
-    C = runner.mlp_gram(block, xs) / tokens
-    check_finite({"the channel statistics": C}, where)
-    lam = absolute_ridge(C, ridge)
-    leverage = ridge_leverage(C, lam)
-    channels = best(leverage, config.intermediate_size)
-    down = wide["mlp.down_proj.weight"]
-    repaired = nystrom_down(down.to(C.device), C, channels, lam).cpu()
-    channels = channels.cpu()
-    selected = prune_mlp(weights, channels, down[:, channels])
-    pruned = prune_mlp(weights, channels, repaired) if compensate else selected
-    check_finite(pruned, where)
-
-    block = runner.block(pruned)
-    runner.update(xs, lambda x: x + block.feed(x))
-    kept = {"kv_heads": by_member(kv_heads, config.num_key_value_heads, width),
-            "channels": by_member(channels, config.intermediate_size, width),
-            "ridge": lam, "effective_dimension": float(leverage.sum()), "head_scores": scores.tolist()}
+    pruned, selected, kept = cut_channels(weights, xs, runner, config.intermediate_size, ridge, where)
+    pruned = pruned if compensate else selected
+    runner.feed(pruned, xs)
+    kept |= {"kv_heads": by_member(kv_heads, config.num_key_value_heads, width), "head_scores": scores.tolist(),
+             "channels": by_member(kept["channels"], config.intermediate_size, width)}
     return pruned, selected, kept
 
 

@@ -50,15 +50,16 @@ class Writer:
         self._collect({f"model.layers.{self.blocks}.{name}": tensor for name, tensor in block.items()})
         self.blocks += 1
 
-    def finish(self, groups: list[list[int]], record: dict, wide: bool = False) -> dict:
+    def finish(self, groups: list[list[int]], record: dict, wide: bool = False, changes: dict | None = None) -> dict:
         """Write what surrounds the blocks, add the counted sizes to `record` (flatten.json), move the folder in place.
 
-        groups[k] are the source's blocks that became block k. Returns the completed record.
+        groups[k] are the source's blocks that became block k; `changes` are other fields for config.json. Returns the
+        completed record.
         """
         self._collect(self.source.outer())
         self._flush()
         self._name_shards()
-        write_json(self.folder / "config.json", new_config(self.source, groups, wide))
+        write_json(self.folder / "config.json", new_config(self.source, groups, wide) | (changes or {}))
         for path in sorted({path for pattern in COPIED for path in self.source.path.glob(pattern) if path.is_file()}):
             shutil.copyfile(path, self.folder / path.name)
         before, after = self.source.size()[0], Checkpoint(self.folder).size()[0]

@@ -3,6 +3,7 @@
     python -m figures.draw              all of them, into figures/; about four minutes on two CPU cores
 """
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import Tensor
 
+from baselines.network import whole
 from calibrate import Measurement, Runner, defaults, embed, measure, read_tokens
 from checkpoint.reader import Checkpoint
 from demo.tour import BUNDLED, WINDOWS, variants
 from evaluate import losses, windows_of
 from flatten import flatten_blocks, merges_for_ratio, select_groups
-from model import Transformer, load, move
+from model import load
 from prune import probe, prune_attention, prune_block, relative_error, through
 from text.tokenizer import load_tokenizer
 from text.wikitext import PYTHON, evaluation_text
@@ -153,14 +155,13 @@ def errors_by_group(path: Path, errors: dict[str, list[float]], labels: list[str
 
 def curves(source: Checkpoint, tokens: Tensor, runner: Runner, windows: Tensor) -> dict[str, list[tuple[float, float]]]:
     """{method: (share of parameters removed, held-out perplexity) for each ratio}."""
-    points, outer = {}, move(source.outer(), runner.device, runner.dtype)
+    points = {}
     for ratio in RATIOS:
         _, models = variants(source, ratio, None, 10.0, tokens, runner)
         merges = merges_for_ratio(source.config, ratio, source.config.num_hidden_layers)
         share = merges * source.config.block_parameters() / source.config.parameters()
-        for name, blocks in models.items():
-            net = Transformer(source.config, [runner.block(weights) for weights in blocks], outer).requires_grad_(False)
-            score = math.exp(losses(net, windows, "cpu").double().mean())
+        for name, network in models.items():
+            score = math.exp(losses(whole(network, runner), windows, "cpu").double().mean())
             points.setdefault(name, []).append((0 if name == "dense" else share, score))
     return points
 
@@ -197,6 +198,7 @@ def save(fig, path: Path) -> None:
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same figure, the same file
     pipeline(HERE / "pipeline.svg")
+    loss_curve(HERE / "loss.svg", [json.loads(line) for line in (BUNDLED.parent / "loss.jsonl").read_text().splitlines()])
     args = argparse.Namespace(data=PYTHON, samples=64, length=256, seed=None, ridge=None)
     defaults(args)
     source, (tokens, _) = Checkpoint(BUNDLED), read_tokens(BUNDLED, args)

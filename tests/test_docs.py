@@ -10,8 +10,10 @@ ALLOWED = {
     "model": {"checkpoint"}, "calibrate": {"model", "checkpoint", "text", "console"},
     "prune": {"model", "calibrate", "checkpoint", "console"},
     "flatten": {"model", "calibrate", "prune", "evaluate", "checkpoint", "text", "console", "demo"},
-    "evaluate": {"model", "calibrate", "checkpoint", "text", "console"},
+    "evaluate": {"model", "calibrate", "checkpoint", "text", "console", "zeroshot"},
+    "zeroshot": {"evaluate", "calibrate", "checkpoint", "text", "console"},
     "text": {"checkpoint"}, "checkpoint": set(), "console": set(),
+    "baselines": {"model", "calibrate", "prune", "flatten", "evaluate", "checkpoint", "text", "console", "matplotlib"},
 }
 PACKAGES = {"torch", "safetensors", "sentencepiece", "tiktoken", "numpy"}
 

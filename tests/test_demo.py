@@ -1,0 +1,29 @@
+"""The bundled checkpoint teaches what it should."""
+import math
+
+import torch
+
+import calibrate
+from baselines.network import whole
+from checkpoint.reader import Checkpoint
+from demo.tour import BUNDLED, variants
+from evaluate import losses, windows_of
+from text.stdlib import text
+from text.tokenizer import load_tokenizer
+
+
+def test_joining_blocks_costs_less_than_pruning_them_and_that_less_than_dropping():
+    source, tokenizer = Checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    ids, judged = (torch.tensor(tokenizer.encode(text(evaluation))) for evaluation in (False, True))
+    tokens = calibrate.calibration_tokens(ids, 32, 256, seed=0)
+    runner = calibrate.Runner(source, 256, "cpu", torch.float32)
+    _, models = variants(source, 0.2, None, 10.0, tokens, runner)
+    windows = windows_of(judged, 256)[::8]
+    dense, dropped, wide, selected, pruned = (
+        math.exp(losses(whole(network, runner), windows, "cpu").double().mean()) for network in models.values())
+    assert dense < wide <= pruned < dropped, (dense, wide, selected, pruned, dropped)
+    assert wide - dense < 0.1 * (dropped - dense)  # what is lost is lost in pruning
+
+
+def test_the_folder_is_small():
+    assert sum(path.stat().st_size for path in BUNDLED.parent.rglob("*") if path.is_file()) < 15e6
