@@ -1,0 +1,167 @@
+"""How much faster a flattened model reads and writes: prefill and decode, dense and flattened, side by side in one run.
+
+Speed depends on shapes alone, not on which blocks were joined. So a model that exists nowhere but in its shape will do:
+random weights, and for the flattened model the first L' of its L blocks. The bound is what would be reached if time were
+proportional to the numbers read: (L blocks + head) / (L' blocks + head).
+
+    python -m bench.speed --shape tinyllama --ratio 0.2               random weights of a known shape
+    python -m bench.speed --ckpt DENSE FLATTENED                      two checkpoints
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import console
+from calibrate import DTYPES, compute_dtype
+from checkpoint.config import Config
+from checkpoint.reader import Checkpoint
+from console import progress, run
+from flatten import merges_for_ratio
+from model import Block, Transformer, generate, load
+
+SHAPES = {  # hidden_size, intermediate_size, blocks, query heads, KV heads, vocabulary
+    "tinyllama": (2048, 5632, 22, 32, 4, 32000),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),
+    "llama-2-70b": (8192, 28672, 80, 64, 8, 32000),
+}
+
+
+def shape_config(name: str) -> Config:
+    """The config of a model of SHAPES."""
+    C, F, L, H, KV, V = SHAPES[name]
+    return Config.parse({"model_type": "llama", "hidden_size": C, "intermediate_size": F, "num_hidden_layers": L,
+                         "num_attention_heads": H, "num_key_value_heads": KV, "vocab_size": V, "rms_norm_eps": 1e-5})
+
+
+def random_model(config: Config, device: str, dtype: torch.dtype) -> Transformer:
+    """A model of random weights, made on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def tensors(shapes: dict) -> dict:
+        return {name: torch.ones(shape, device=device, dtype=dtype) if "norm" in name else
+                torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator)
+                for name, shape in shapes.items()}
+    blocks = [Block(tensors(config.block_shapes()), config) for _ in range(config.num_hidden_layers)]
+    return Transformer(config, blocks, tensors(config.outer_shapes())).eval().requires_grad_(False)
+
+
+def shallower(net: Transformer, blocks: int) -> Transformer:
+    """The same embeddings, head and first blocks; nothing is copied."""
+    outer = {name: tensor for name, tensor in net.state_dict().items() if ".layers." not in name}
+    return Transformer(net.config, list(net.model["layers"])[:blocks], outer).eval().requires_grad_(False)
+
+
+def elapsed(work, device: str) -> float:
+    """Seconds that work() takes: between CUDA events on a GPU, by the clock on a CPU."""
+    if torch.device(device).type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def medians(works: list, repeats: int, device: str, what: str) -> list[float]:
+    """Median seconds of each work; all of them run in turn `repeats` times, after a round of warm-up."""
+    times = [[] for _ in works]
+    for turn in progress(range(repeats + 1), what, repeats + 1):
+        for spent, work in zip(times, works, strict=True):
+            seconds = elapsed(work, device)
+            if turn:
+                spent.append(seconds)
+    return [statistics.median(spent) for spent in times]
+
+
+def per_token(net: Transformer) -> int:
+    """Numbers read for each token: blocks and head."""
+    block = sum(p.numel() for layer in net.model["layers"] for p in layer.parameters())
+    return block + net.config.vocab_size * net.config.hidden_size
+
+
+def measure(nets: list[Transformer], args: argparse.Namespace) -> list[dict]:
+    """One row for prefill and for decoding at each batch size: tokens per second of both, and the ratio."""
+    vocabulary, rows = nets[0].config.vocab_size, []
+    bound = per_token(nets[0]) / per_token(nets[1])
+    for batch in args.batch:
+        g = torch.Generator().manual_seed(0)
+        for name, length, new in (("prefill", args.prefill, 0), ("decode", args.prompt, args.new)):
+            ids = torch.randint(vocabulary, (batch, length), generator=g).to(args.device)
+
+            def work(net: Transformer, ids=ids, new=new) -> None:
+                with torch.inference_mode():
+                    generate(net, ids, new) if new else net.head(net.hidden(ids)[:, -1])
+            spent = medians([lambda net=net: work(net) for net in nets], args.repeats, args.device, f"{name}, batch {batch}")
+            speeds = [batch * (new or length) / seconds for seconds in spent]
+            rows.append({"what": name, "batch": batch, "tokens": new or length, "prompt": length,
+                         "dense": speeds[0], "flattened": speeds[1], "ratio": speeds[1] / speeds[0], "bound": bound})
+    return rows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = console.parser("Measure the speed of a flattened model next to the dense one.", __doc__)
+    parser.add_argument("--shape", choices=SHAPES, help="a model of random weights of this shape")
+    parser.add_argument("--ckpt", nargs=2, metavar=("DENSE", "FLATTENED"), help="two checkpoint folders instead")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of parameters to remove from --shape (default 0.2)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences at a time (default 1 8)")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens read at once (default 512)")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens before decoding (default 64)")
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded (default 32)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts (default 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
+    args = parser.parse_args()
+    if (args.shape is None) == (args.ckpt is None):
+        raise ValueError("give either --shape or --ckpt DENSE FLATTENED")
+    if min(*args.batch, args.prefill, args.prompt, args.new, args.repeats) < 1:
+        raise ValueError("--batch, --prefill, --prompt, --new and --repeats must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    dtype = compute_dtype(args.dtype, args.device, torch.bfloat16)
+    if args.shape:
+        config = shape_config(args.shape)
+        need = config.parameters() * torch.finfo(dtype).bits // 8
+        free = torch.cuda.mem_get_info(args.device)[0] if torch.device(args.device).type == "cuda" else \
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        if need > free:
+            raise ValueError(f"{args.shape} needs {need / 1e9:.1f} GB in {args.dtype}, and {free / 1e9:.1f} GB are free")
+        dense = random_model(config, args.device, dtype)
+        merges = merges_for_ratio(config, args.ratio, config.num_hidden_layers)
+        nets, name = [dense, shallower(dense, config.num_hidden_layers - merges)], f"{args.shape}, random weights"
+    else:
+        sources = [Checkpoint(path) for path in args.ckpt]
+        nets = [load(path, args.device, dtype) for path in args.ckpt]
+        name = " and ".join(source.path.resolve().name for source in sources)
+    depths = [len(net.model["layers"]) for net in nets]
+    machine = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else \
+        f"{os.cpu_count()} CPU cores"
+    print(f"{name}: {depths[0]} and {depths[1]} blocks, {args.dtype}, {machine}, torch {torch.__version__}, Python "
+          f"{platform.python_version()}, median of {args.repeats} runs after one of warm-up")
+    print("| | batch | dense, tokens/s | flattened, tokens/s | ratio | bound |\n|---|---|---|---|---|---|")
+    for row in measure(nets, args):
+        what = f"prefill of {row['tokens']}" if row["what"] == "prefill" else f"{row['tokens']} new after {row['prompt']}"
+        print(f"| {what} | {row['batch']} | {row['dense']:,.1f} | {row['flattened']:,.1f} | {row['ratio']:.2f} | "
+              f"{row['bound']:.2f} |", flush=True)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row | {"model": name, "blocks": depths, "dtype": args.dtype, "machine": machine,
+                                             "torch": torch.__version__}) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
