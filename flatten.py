@@ -15,6 +15,7 @@ The result is an ordinary checkpoint with fewer blocks.
     python flatten.py                                           a tour of the method on the bundled checkpoint
     python flatten.py --ckpt PATH --ratio 0.2                   flatten a model; measure it before and after
     python flatten.py --ckpt PATH --ratio 0.2 --keep-wide       stop after step 3
+    python flatten.py --ckpt PATH --ratio 0.2 --refit           fit each merged block to the dense model (beyond the paper)
 """
 import argparse
 from pathlib import Path
@@ -129,17 +130,23 @@ def check_flattenable(source: Checkpoint) -> None:
 
 
 def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, keep_wide: bool, where: str,
-             ) -> tuple[Weights, dict]:
+             dense: Tensor | None = None) -> tuple[Weights, dict]:
     """(the block that replaces these, what came of it); the stream xs (N, T, C) passes through it, in place.
 
+    With the stream of the dense model, which passes through the members, the block is fitted to that (beyond/refit.py).
     ValueError, naming `where`, if anything becomes NaN or infinite.
     """
     wide = flatten_blocks(members)
     if len(members) == 1:
-        runner.run_block(wide, xs)
+        for stream in (xs, dense) if dense is not None else (xs,):
+            runner.run_block(wide, stream)
         return wide, {}
     check_finite(wide, where)
     start = probe(xs)
+    if dense is not None:
+        from beyond.refit import refit_block  # here, because it calls this file's functions
+        weights, found = refit_block(members, xs, dense, runner, where, ridge)
+        return weights, found | {"error_refit": relative_error(xs[:len(start)], dense[:len(start)], start)}
     target = through(members, start, runner)
     found = {"error_flattened": relative_error(through([wide], start, runner), target, start)}
     if keep_wide:
@@ -147,6 +154,18 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
         return wide, found
     weights, more = prune_and_report(wide, xs, runner, ridge, start, target, where)
     return weights, found | more
+
+
+def groups_by_damage(source: Checkpoint, tokens: Tensor, runner: Runner, args: argparse.Namespace, merges: int,
+                     ) -> list[list[int]]:
+    """The groups whose merges, tried one by one, change what the model predicts least (beyond/grouping.py)."""
+    from beyond import grouping
+
+    def make(members: list[Weights], xs: Tensor, dense: Tensor) -> Weights:
+        return compress(members, xs, runner, args.ridge, False, "a trial merge", dense if args.refit else None)[0]
+    largest = min(args.max_group or grouping.LARGEST, grouping.LARGEST)
+    found = grouping.damages(source, tokens, runner, make, largest)
+    return grouping.least_damage(found, source.config.num_hidden_layers, merges)
 
 
 def explain(groups: list[dict], S: Tensor, config: Config) -> None:
@@ -172,7 +191,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.2, help="fraction of all parameters to remove (default 0.2)")
     parser.add_argument("--out", type=Path, help="result (default out/NAME-flat-RATIO)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues of C (default 10, the paper's)")
+    parser.add_argument("--refit", action="store_true", help="fit each merged block to the dense model's streams")
+    parser.add_argument("--group-by", choices=("similarity", "damage"), default="similarity",
+                        help="join what is most alike (default, the paper's), or what does least damage when tried")
+    parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues (default 10, the paper's; 0.01 with --refit)"
+                        )
     parser.add_argument("--max-group", type=int, help="most blocks to join into one (default: no limit; 2 is pairs only)")
     parser.add_argument("--keep-wide", action="store_true", help="save the wide blocks, unpruned (our loader only)")
     parser.add_argument("--explain", action="store_true", help="say more about what was measured and chosen")
@@ -181,6 +204,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_group is not None and args.max_group < 2:
         raise ValueError(f"--max-group must be at least 2; got {args.max_group}")
+    if args.refit and args.keep_wide:
+        raise ValueError("--refit chooses and fits heads and channels in one go; it cannot stop before that (--keep-wide)")
     return args
 
 
@@ -189,7 +214,7 @@ def main() -> None:
     if args.ckpt is None:
         from demo.tour import tour  # here, because the tour calls this file's functions
         return tour(args)
-    defaults(args)
+    defaults(args, {"ridge": 0.01} if args.refit else None)
     source = Checkpoint(args.ckpt)
     check_flattenable(source)
     config, max_group = source.config, args.max_group or source.config.num_hidden_layers
@@ -203,18 +228,21 @@ def main() -> None:
         runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
         print(f"{source.path}: {len(config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of {text}")
         S = measure(source, tokens, runner).S                                        # (L, L)
-        groups = [{"blocks": blocks, "similarity": float(S[blocks[0], blocks[-1]])}
-                  for blocks in select_groups(S, merges, max_group)]
+        chosen = select_groups(S, merges, max_group) if args.group_by == "similarity" else \
+            groups_by_damage(source, tokens, runner, args, merges)
+        groups = [{"blocks": blocks, "similarity": float(S[blocks[0], blocks[-1]])} for blocks in chosen]
         xs = embed(source.outer(), tokens, runner.dtype)                             # (N, T, C), enters block 0
+        dense = xs.clone() if args.refit else None
         for group in progress(groups, "flatten and prune: blocks", len(groups)):
             members = [source.block(i) for i in group["blocks"]]
-            weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, where=f"blocks {group['blocks']}")
+            weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, f"blocks {group['blocks']}", dense)
             writer.add(weights)
             if found:
                 group |= found
                 print(row(group, config))
         record = {"method": "FlattenGPT (arXiv 2602.08858)", "ratio_asked": args.ratio, "groups": groups,
-                  **describe_run("flatten.py", args, tokens, text, runner, ratio=args.ratio, keep_wide=args.keep_wide)}
+                  **describe_run("flatten.py", args, tokens, text, runner, ratio=args.ratio, keep_wide=args.keep_wide,
+                                 refit=args.refit, group_by=None if args.group_by == "similarity" else args.group_by)}
         record = writer.finish([group["blocks"] for group in groups], record, args.keep_wide)
     print(f"wrote {out}: {len(groups)} blocks, {record['parameters_before']:,} -> {record['parameters_after']:,} parameters"
           f", ratio {record['ratio_reached']:.4f} (asked {args.ratio})")

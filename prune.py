@@ -253,7 +253,7 @@ def row(group: dict, config: Config) -> str:
         text += f"   heads {'+'.join(str(len(member) * n_rep) for member in group['kv_heads'])}" \
                 f"   channels {'+'.join(str(len(member)) for member in group['channels'])}"
         text += " (q_norm, k_norm: attention of one member, whole)" if config.qk_norm else ""
-    errors = [f"{name} {group[f'error_{name}']:.1%}" for name in ("flattened", "selected", "compensated")
+    errors = [f"{name} {group[f'error_{name}']:.1%}" for name in ("flattened", "selected", "compensated", "refit")
               if f"error_{name}" in group]
     return f"{text}   error: {', '.join(errors)}"
 

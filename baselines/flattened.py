@@ -3,6 +3,9 @@ import torch
 from torch import Tensor
 
 from baselines.network import Calibration, Network
+from beyond.grouping import damages, least_damage
+from beyond.refit import PARTS, RIDGE, refit_block
+from checkpoint.reader import Weights
 from flatten import flatten_blocks, mergeable, select_groups
 from prune import cut_channels, keep_kv_heads, leverage_score, prune_attention, score_heads
 
@@ -39,6 +42,32 @@ def flattengpt(network: Network, n: int, text: Calibration, ridge: float = 10.0,
         blocks.append(weights)
     text.passes += 1
     return network.with_blocks(blocks, ordinary=heads and channels)
+
+
+def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE, by_damage: bool = False,
+          parts: tuple[str, ...] = PARTS) -> Network:
+    """Every merged block fitted to the dense model's streams (beyond/refit.py), with groups by similarity or by damage."""
+    runner = text.runner
+
+    def make(members: list[Weights], xs: Tensor, dense: Tensor) -> Weights:
+        return refit_block(members, xs, dense, runner, ridge=ridge, parts=parts)[0]
+    if by_damage:
+        groups = least_damage(damages(network, text.tokens, runner, make), len(network.blocks), n)
+        text.passes += 3
+    else:
+        groups = groups_of(network, n, text)
+    xs, blocks = text.embedded(network), []
+    dense = xs.clone()
+    for group in groups:
+        members = [network.blocks[i] for i in group]
+        if len(group) == 1:
+            runner.run_block(members[0], xs)
+            runner.run_block(members[0], dense)
+            blocks += members
+        else:
+            blocks.append(make(members, xs, dense))
+    text.passes += 2
+    return network.with_blocks(blocks)
 
 
 def magnitude_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ METHODS = {
     "width": (width.uniform, "channel pruning, MoDeGPT type I (arXiv 2408.09632) for the MLP"),
     "flap": (width.flap, "FLAP, arXiv 2312.11983, uniform widths"),
     "flattengpt": (flattened.flattengpt, PAPER),
+    "flat-refit": (flattened.refit, "ours: merged blocks fitted to the dense model"),
+    "flat-refit-damage": (partial(flattened.refit, by_damage=True), "ours: fitted, and grouped by measured damage"),
     "flat-wide": (flattened.wide, f"{PAPER}: flattening alone, no parameter removed"),
     "flat-heads-only": (partial(flattened.flattengpt, channels=False), f"{PAPER}: only heads pruned"),
     "flat-channels-only": (partial(flattened.flattengpt, heads=False), f"{PAPER}: only channels pruned"),

@@ -39,9 +39,10 @@ def variants(source: Checkpoint, ratio: float, max_group: int | None, ridge: flo
 
 def tour(args: argparse.Namespace) -> None:
     """Print the table: parameters, blocks, held-out perplexity and speed of each model; then two samples."""
-    if args.out or args.keep_wide or args.overwrite or args.explain or args.no_eval:
-        raise ValueError("--out, --keep-wide, --overwrite, --explain and --no-eval need --ckpt (the bundled model is "
-                         "demo/checkpoint); without it flatten.py only shows what the method does")
+    if args.out or args.keep_wide or args.overwrite or args.explain or args.no_eval or args.refit \
+            or args.group_by != "similarity":
+        raise ValueError("--out, --keep-wide, --overwrite, --explain, --no-eval, --refit and --group-by need --ckpt (the "
+                         "bundled model is demo/checkpoint); without it flatten.py only shows what the method does")
     calibrate.defaults(args, {"data": PYTHON, "samples": 64, "length": 256})
     source, tokenizer = Checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     tokens, text = calibrate.read_tokens(BUNDLED, args)

@@ -9,11 +9,13 @@ README = (ROOT / "README.md").read_text()
 ALLOWED = {
     "model": {"checkpoint"}, "calibrate": {"model", "checkpoint", "text", "console"},
     "prune": {"model", "calibrate", "checkpoint", "console"},
-    "flatten": {"model", "calibrate", "prune", "evaluate", "checkpoint", "text", "console", "demo"},
+    "flatten": {"model", "calibrate", "prune", "evaluate", "checkpoint", "text", "console", "demo", "beyond"},
     "evaluate": {"model", "calibrate", "checkpoint", "text", "console", "zeroshot"},
     "zeroshot": {"evaluate", "calibrate", "checkpoint", "text", "console"},
     "text": {"checkpoint"}, "checkpoint": set(), "console": set(),
-    "baselines": {"model", "calibrate", "prune", "flatten", "evaluate", "checkpoint", "text", "console", "matplotlib"},
+    "beyond": {"model", "calibrate", "prune", "flatten", "evaluate", "checkpoint", "console"},
+    "baselines": {"model", "calibrate", "prune", "flatten", "evaluate", "checkpoint", "text", "console", "beyond",
+                  "matplotlib"},
 }
 PACKAGES = {"torch", "safetensors", "sentencepiece", "tiktoken", "numpy"}
 

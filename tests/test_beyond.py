@@ -1,0 +1,240 @@
+"""Fitting merged blocks to the dense model, and grouping by measured damage: each step against its definition."""
+import itertools
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import flatten
+from baselines.network import Network
+from beyond import grouping, refit
+from checkpoint.reader import Checkpoint
+from flatten import READS, flatten_blocks
+from model import load
+from prune import nystrom_down, prune_block, relative_error, through
+
+g = torch.Generator()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=g.manual_seed(seed), dtype=torch.float64)
+
+
+def test_alignment_is_the_identity_for_equal_inputs_and_exact_for_linear_images():
+    n, M = randn(200, 6), randn(6, 6, seed=1)
+    G = n.T @ n / 200
+    assert torch.allclose(refit.alignment(G, G), torch.eye(6, dtype=torch.float64))
+    assert torch.allclose(refit.alignment(G, G @ M, 1e-12), M, atol=1e-8)
+
+
+def test_alignment_is_the_ridge_optimum():
+    n, t = randn(50, 6), randn(50, 6, seed=1)
+    G, a = n.T @ n / 50, 0.3
+    eye, scale = torch.eye(6, dtype=torch.float64), (a * float(G.diagonal().mean())) ** 0.5
+    rows = torch.cat([n / 50 ** 0.5, scale * eye]), torch.cat([t / 50 ** 0.5, scale * eye])
+    assert torch.allclose(refit.alignment(G, n.T @ t / 50, a), torch.linalg.lstsq(*rows).solution)
+
+
+@pytest.mark.parametrize("norm", READS)
+def test_projections_read_through_a_map_what_they_would_read_behind_it(norm):
+    cfg = tiny.config()
+    block, M, n = tiny.block(cfg, 0), randn(32, 32), randn(7, 32, seed=1)
+    mapped = refit.read_through(block, READS[norm], M)
+    for name in READS[norm]:
+        assert torch.allclose(F.linear(n, mapped[name]), F.linear(n @ M, block[name]))
+    assert all(mapped[name] is block[name] for name in block if name not in READS[norm])
+
+
+def problem(n=8, d=3, tokens=40, seed=0):
+    """Data z, target t, start W; and A, B of them."""
+    z, t = randn(tokens, n, seed=seed) @ randn(n, n, seed=seed + 1), randn(tokens, d, seed=seed + 2)
+    W = randn(n, d, seed=seed + 3)
+    return z, t, W, z.T @ z / tokens, z.T @ t / tokens
+
+
+def objective(V, rows, z, t, W, ridge):
+    return float((z[:, rows] @ V - t).square().sum() / len(z) + ridge * (V - W[rows]).square().sum())
+
+
+def test_fit_is_the_ridge_optimum():
+    z, t, W, A, B = problem()
+    ridge = 0.2
+    rows = (torch.cat([z / 40 ** 0.5, ridge ** 0.5 * torch.eye(8, dtype=torch.float64)]),
+            torch.cat([t / 40 ** 0.5, ridge ** 0.5 * W]))
+    assert torch.allclose(refit.fit(W, A, B, ridge), torch.linalg.lstsq(*rows).solution)
+    assert torch.allclose(refit.fit(W, A, A @ W, ridge), W)  # a target that W meets already
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size, keep", [(1, 3), (2, 2), (4, 1), (2, 4)])
+def test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum(seed, size, keep):
+    z, t, W, A, B = problem(seed=10 * seed)
+    ridge, units = 0.1, list(range(8 // size))
+
+    def rows_of(chosen):
+        return torch.tensor([unit * size + k for unit in chosen for k in range(size)])
+
+    def best_objective(chosen):
+        rows = rows_of(chosen)
+        V = refit.fit(W[rows], A[rows][:, rows], B[rows], ridge)
+        removed = torch.tensor([row for row in range(8) if row not in rows.tolist()])
+        return objective(V, rows, z, t, W, ridge) + (ridge * float(W[removed].square().sum()) if len(removed) else 0)
+    while len(units) > keep:
+        units.remove(min(units, key=lambda unit: best_objective([other for other in units if other != unit])))
+    V, P = refit.fit(W, A, B, ridge), refit.inverse(A, ridge)
+    kept = refit.eliminate_units(V, P, size, keep)
+    assert kept.tolist() == units
+    rows = rows_of(units)
+    assert torch.allclose(V[rows], refit.fit(W[rows], A[rows][:, rows], B[rows], ridge))
+    if size == 1:
+        for steps in (100, 8):  # one row a batch
+            V, P = refit.fit(W, A, B, ridge), refit.inverse(A, ridge)
+            assert refit.eliminate(V, P, keep, steps).tolist() == units
+            assert torch.allclose(V[rows], refit.fit(W[rows], A[rows][:, rows], B[rows], ridge))
+
+
+def test_batches_of_elimination_see_duplicates_and_leave_the_optimum_of_what_remains():
+    z, _, W, _, _ = problem(n=20, tokens=100)
+    z[:, 10:] = z[:, :10]  # every channel twice: of each pair exactly one may go for nothing
+    A, t = z.T @ z / 100, z @ W
+    for steps in (1, 2, 5):
+        V, P = refit.fit(W, A, z.T @ t / 100, 1e-6), refit.inverse(A, 1e-6)
+        kept = refit.eliminate(V, P, 10, steps)
+        assert sorted(i % 10 for i in kept.tolist()) == list(range(10))
+        assert torch.allclose(z[:, kept] @ V[kept], t, atol=1e-2)
+
+
+def test_removing_leaves_the_inverse_of_what_remains():
+    _, _, _, A, _ = problem()
+    V, P, rows = randn(8, 3), refit.inverse(A, 0.1), torch.tensor([1, 4])
+    refit.remove(V, P, rows)
+    left = [0, 2, 3, 5, 6, 7]
+    assert torch.allclose(P[left][:, left], refit.inverse(A[left][:, left], 0.1))
+    assert not P[rows].any() and not V[rows].any()
+
+
+def test_no_weights_fit_the_dense_stream_better_than_the_fit():
+    """Among them the paper's: with the same channels its compensation is never better on the calibration text."""
+    z, t, W, A, B = problem()
+    rows = torch.tensor([0, 3, 4, 6])
+    V, nystrom = refit.fit(W[rows], A[rows][:, rows], B[rows], 0.1), nystrom_down(W.T, A, rows, 0.1).T
+    assert objective(V, rows, z, t, W, 0.1) <= min(objective(other, rows, z, t, W, 0.1) for other in (nystrom, W[rows]))
+
+
+CHANGES = [{}, {"model_type": "llama", "num_key_value_heads": 6}, {"model_type": "qwen3"}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_block_alone_stays_what_it_is(changes):
+    cfg = tiny.config(**changes)
+    member, xs = tiny.block(cfg, 0), tiny.stream(cfg, 6, 20)
+    dense, run = xs.clone(), tiny.runner(cfg, 20)
+    expected = through([member], xs, run)
+    refit.refit_block([member], xs, dense, run)
+    assert torch.allclose(dense, expected) and torch.allclose(xs, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_dead_block_merged_with_any_other_leaves_the_other(changes, dead):
+    cfg = tiny.config(**changes)
+    members = [tiny.block(cfg, 0), tiny.block(cfg, 1)]
+    members[dead] = {name: tensor if "norm" in name else torch.zeros_like(tensor) for name, tensor in members[dead].items()}
+    xs, run = tiny.stream(cfg, 8, 20), tiny.runner(cfg, 20)
+    dense, expected = xs.clone(), through(members, xs, run)
+    weights, kept = refit.refit_block(members, xs, dense, run, ridge=1e-9)
+    assert torch.allclose(xs, expected, atol=1e-5) and torch.allclose(dense, expected)
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == cfg.block_shapes()
+    assert kept["kv_heads"][dead] == [] and kept["channels"][dead] == []
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_the_refit_is_closer_to_the_dense_stream_than_the_paper_and_every_step_helps(changes):
+    cfg = tiny.config(**changes)
+    members = [{name: tensor * (0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+                for name, tensor in tiny.block(cfg, seed).items()} for seed in (0, 1)]
+    start, run = tiny.stream(cfg, 40, 20), tiny.runner(cfg, 20)
+    target = through(members, start, run)
+
+    def error(parts):
+        xs = start.clone()
+        refit.refit_block(members, xs, start.clone(), run, parts=parts)
+        return relative_error(xs, target, start)
+    paper = start.clone()
+    prune_block(flatten_blocks(members), paper, run, 10.0)
+    full = error(refit.PARTS)
+    assert full < relative_error(paper, target, start)
+    assert full < error(("align", "eliminate")) and full < error(("align", "dense"))
+
+
+def test_products_are_means_over_tokens():
+    cfg, xs = tiny.config(), tiny.stream(tiny.config(), 5, 12)
+    run = tiny.runner(cfg, 12)
+    found, = refit.mean_products(run, [xs, 2 * xs], lambda a, b: [(a, b)])
+    flat = xs.flatten(0, 1)
+    assert torch.allclose(found, 2 * flat.T @ flat / len(flat))
+
+
+@pytest.mark.parametrize("merges", [1, 2, 3, 4])
+def test_least_damage_is_the_best_of_all_partitions(merges):
+    L, rng = 6, torch.Generator().manual_seed(merges)
+    damage = {(i, j): float(torch.rand(1, generator=rng)) for i in range(L) for j in range(i + 1, min(i + 3, L))}
+
+    def partitions():
+        for cuts in itertools.combinations(range(1, L), L - merges - 1):
+            yield [list(range(a, b)) for a, b in itertools.pairwise((0, *cuts, L))]
+
+    def cost(groups):
+        return sum(damage.get((group[0], group[-1]), torch.inf) if len(group) > 1 else 0 for group in groups)
+    found = grouping.least_damage(damage, L, merges)
+    assert cost(found) == pytest.approx(min(map(cost, partitions()))) and len(found) == L - merges
+
+
+def test_more_merges_than_the_tried_groups_allow_are_refused():
+    with pytest.raises(ValueError, match="cannot be joined 3 times"):
+        grouping.least_damage({(i, i + 1): 1.0 for i in range(3)}, 4, 3)
+
+
+def test_divergence_is_the_kl_between_predictions():
+    xs, ys = randn(2, 5, 4), randn(2, 5, 4, seed=1)
+    expected = F.kl_div(ys.log_softmax(-1), xs.log_softmax(-1), log_target=True, reduction="sum") / 10
+    found = grouping.divergence(lambda states: states, xs, ys, torch.device("cpu"))
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert grouping.divergence(lambda states: states, xs, xs, torch.device("cpu")) == 0
+
+
+def test_damage_is_that_of_the_model_with_one_merge():
+    cfg = tiny.config(num_hidden_layers=4)
+    dead = {name: tensor if "norm" in name else torch.zeros_like(tensor) for name, tensor in tiny.block(cfg, 9).items()}
+    blocks = [tiny.block(cfg, 0), tiny.block(cfg, 1), dead, tiny.block(cfg, 3)]
+    source = Network(cfg, blocks, tiny.random_tensors(cfg.outer_shapes(), 99))
+    tokens, run = torch.randint(300, (16, 12), generator=g.manual_seed(0)), tiny.runner(cfg, 12)
+
+    def first_member(members, xs, dense):
+        assert torch.equal(xs, dense)
+        return members[0]
+    found = grouping.damages(source, tokens, run, first_member)
+    assert set(found) == {(i, j) for i in range(4) for j in (i + 1, i + 2) if j < 4}
+    assert found[1, 2] == 0 and all(value > 0 for pair, value in found.items() if pair != (1, 2))
+
+
+@pytest.mark.parametrize("group_by", ["similarity", "damage"])
+def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_file, tmp_path, cli, group_by):
+    run = ["--ckpt", ckpt, "--data", text_file, "--samples", 8, "--length", 32, "--ratio", 0.2, "--refit",
+           "--group-by", group_by]
+    for name in ("a", "b"):
+        code, out, err = cli(flatten.main, *run, "--out", tmp_path / name)
+        assert (code, err) == (0, "") and "refit" in out
+    assert all((tmp_path / "b" / path.name).read_bytes() == path.read_bytes() for path in (tmp_path / "a").iterdir())
+    transformers = pytest.importorskip("transformers")
+    ids = torch.arange(20)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    with torch.inference_mode():
+        assert torch.allclose(theirs(ids).logits, load(tmp_path / "a")(ids), atol=1e-5)
+    assert Checkpoint(tmp_path / "a").config.parameters() < Checkpoint(ckpt).config.parameters()
+
+
+def test_refit_and_keep_wide_exclude_each_other(ckpt, cli):
+    code, _, err = cli(flatten.main, "--ckpt", ckpt, "--refit", "--keep-wide")
+    assert code == 2 and "--keep-wide" in err and err.count("\n") == 1
