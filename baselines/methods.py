@@ -2,6 +2,7 @@
 from functools import partial
 
 from baselines import dropping, flattened, merging, width
+from beyond.refit import PARTS
 
 PAPER = "FlattenGPT, arXiv 2602.08858"
 METHODS = {
@@ -26,6 +27,8 @@ METHODS = {
     "flattengpt": (flattened.flattengpt, PAPER),
     "flat-refit": (flattened.refit, "ours: merged blocks fitted to the dense model"),
     "flat-refit-damage": (partial(flattened.refit, by_damage=True), "ours: fitted, and grouped by measured damage"),
+    **{f"flat-refit-no-{part}": (partial(flattened.refit, parts=tuple(set(PARTS) - {part})), f"ours: fitted, without {what}")
+       for part, what in (("align", "alignment"), ("eliminate", "elimination"), ("dense", "the dense target"))},
     "flat-wide": (flattened.wide, f"{PAPER}: flattening alone, no parameter removed"),
     "flat-heads-only": (partial(flattened.flattengpt, channels=False), f"{PAPER}: only heads pruned"),
     "flat-channels-only": (partial(flattened.flattengpt, heads=False), f"{PAPER}: only channels pruned"),

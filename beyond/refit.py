@@ -5,8 +5,8 @@ the heads and channels go. Its compensation repairs the second only, towards the
 model's streams travel beside the compressed ones, and a merged block is fitted to them:
 
 1. align     each member's projections read N(u) through the linear map that best makes N(x_l) of it       alignment
-2. heads     o_proj is fitted to what the dense model's attention adds; heads go, each time the one that
-             the others can best stand in for when they are fitted again                                   fit, eliminate
+2. heads     o_proj is fitted to what the dense model's attention adds, and to what the stream lacks already; heads go,
+             each time the one that the others can best stand in for when they are fitted again            fit, eliminate
 3. align     the same for what the members' MLPs read
 4. channels  down_proj is fitted to the dense stream that leaves the group, minus what is there already;
              channels go as heads do                                                                       fit, eliminate
@@ -177,7 +177,8 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     if "align" in parts:
         members = align(members, "input_layernorm.weight", xs, inputs, norm, runner, ridge)
     wide = flatten_blocks(members)
-    added = sum(after - before for before, after in zip(inputs, middles, strict=True))  # by attention, in the dense model
+    # what attention adds in the dense model, and what xs lacks of the dense stream already
+    added = inputs[0] - xs + sum(after - before for before, after in zip(inputs, middles, strict=True))
 
     attention, keep = runner.block(wide).self_attn, config.num_key_value_heads
     A, B = mean_products(runner, [xs, added], lambda u, t: [(z := attention.heads(norm(u), runner.rope), z), (z, t)])
