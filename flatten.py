@@ -157,14 +157,13 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
 
 
 def groups_by_damage(source: Checkpoint, tokens: Tensor, runner: Runner, args: argparse.Namespace, merges: int,
-                     ) -> list[list[int]]:
+                     max_group: int) -> list[list[int]]:
     """The groups whose merges, tried one by one, change what the model predicts least (beyond/grouping.py)."""
     from beyond import grouping
 
     def make(members: list[Weights], xs: Tensor, dense: Tensor) -> Weights:
         return compress(members, xs, runner, args.ridge, False, "a trial merge", dense if args.refit else None)[0]
-    largest = min(args.max_group or grouping.LARGEST, grouping.LARGEST)
-    found = grouping.damages(source, tokens, runner, make, largest)
+    found = grouping.damages(source, tokens, runner, make, max_group)
     return grouping.least_damage(found, source.config.num_hidden_layers, merges)
 
 
@@ -193,7 +192,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     parser.add_argument("--refit", action="store_true", help="fit each merged block to the dense model's streams")
     parser.add_argument("--group-by", choices=("similarity", "damage"), default="similarity",
-                        help="join what is most alike (default, the paper's), or what does least damage when tried")
+                        help="join what is most alike (default, the paper's), or what does least damage when tried (groups "
+                             "of at most three)")
     parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues (default 10, the paper's; 0.01 with --refit)"
                         )
     parser.add_argument("--max-group", type=int, help="most blocks to join into one (default: no limit; 2 is pairs only)")
@@ -218,6 +218,9 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     check_flattenable(source)
     config, max_group = source.config, args.max_group or source.config.num_hidden_layers
+    if args.group_by == "damage":
+        from beyond.grouping import LARGEST
+        max_group = min(max_group, LARGEST)
     merges = merges_for_ratio(config, args.ratio, max_group)
     out = args.out or Path("out") / f"{source.path.resolve().name}-{'wide' if args.keep_wide else 'flat'}-{args.ratio}"
     judged = None if args.no_eval else held_out_text(args.data)
@@ -229,7 +232,7 @@ def main() -> None:
         print(f"{source.path}: {len(config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of {text}")
         S = measure(source, tokens, runner).S                                        # (L, L)
         chosen = select_groups(S, merges, max_group) if args.group_by == "similarity" else \
-            groups_by_damage(source, tokens, runner, args, merges)
+            groups_by_damage(source, tokens, runner, args, merges, max_group)
         groups = [{"blocks": blocks, "similarity": float(S[blocks[0], blocks[-1]])} for blocks in chosen]
         xs = embed(source.outer(), tokens, runner.dtype)                             # (N, T, C), enters block 0
         dense = xs.clone() if args.refit else None

@@ -10,6 +10,7 @@ Methods hold the whole model in memory.
     python -m baselines.compare --ckpt PATH --methods shortgpt --save out/models       writes the checkpoints, too
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,18 @@ def spread(windows: Tensor, most: int) -> Tensor:
     if not 0 < most < len(windows):
         return windows
     return windows[torch.linspace(0, len(windows) - 1, most).round().long()]
+
+
+def digest(ids: Tensor) -> bytes:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(ids.numpy().tobytes()).digest()
+
+
+def weights_digest(source: Checkpoint) -> bytes:
+    """Tells checkpoints apart: SHA-256 of the first block's and the last block's bytes."""
+    blocks = [source.block(i) for i in (0, source.config.num_hidden_layers - 1)]
+    return hashlib.sha256(b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for block in blocks
+                                   for tensor in block.values())).digest()
 
 
 def cells(ratios: list[float], methods: list[str], seeds: int) -> list[tuple[str, float, int]]:
@@ -82,10 +95,14 @@ def read_rows(path: Path, settings: dict) -> list[dict]:
     """The finished cells of an earlier run with the same settings; ValueError if the file has others."""
     rows = {}
     if path.exists():
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = path.read_text()
+        whole_lines = text[:text.rfind("\n") + 1]
+        if whole_lines != text:  # the last line was cut off by a kill
+            path.write_text(whole_lines)
+        for number, line in enumerate(whole_lines.splitlines(), 1):
             try:
                 row = json.loads(line)
-                same = row["settings"] == settings and {"method", "ratio", "seed"} <= row.keys()
+                same = row["settings"] == settings and {"method", "ratio", "seed", "commit"} <= row.keys()
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path} line {number} is not a result of this program; choose another --out") from None
             if not same:
@@ -102,8 +119,17 @@ def summary(values: list[float]) -> str:
     return f"{mean:{digits}}" + (f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else "")
 
 
+def excess(row: dict, dense: dict, name: str) -> float:
+    """ln of a row's perplexity on a text over the dense model's: what compression has cost, in nats a token."""
+    return math.log(row["perplexity"][name] / dense["perplexity"][name])
+
+
 def table(rows: list[dict], texts: list[str]) -> str:
-    """The rows as a Markdown table, one line for each method and ratio, seeds summarised; best first."""
+    """The rows as a Markdown table, one line for each method and ratio, seeds summarised; best first.
+
+    Behind each perplexity stands the excess over the dense model, in nats a token.
+    """
+    dense = next((row for row in rows if row["method"] == DENSE and "error" not in row), None)
     lines = ["| ratio asked | method | source | removed | blocks | " + " | ".join(f"perplexity, {name}" for name in texts)
              + " | passes | seconds |", "|---" * (7 + len(texts)) + "|"]
     found = {}
@@ -124,7 +150,9 @@ def table(rows: list[dict], texts: list[str]) -> str:
         note = f" ({len(same) - len(good)} of {len(same)} seeds failed: {reason})" if reason else ""
         lines.append(head + " | ".join([
             f"{statistics.mean(row['removed'] for row in good):.4f}{note}", str(good[0]["blocks"]),
-            *(summary([row["perplexity"][name] for row in good]) for name in texts),
+            *(summary([row["perplexity"][name] for row in good])
+              + (f" ({statistics.mean(excess(row, dense, name) for row in good):+.4f})" if dense and method != DENSE else "")
+              for name in texts),
             f"{statistics.mean(row['passes'] for row in good):.1f}",
             f"{statistics.mean(row['seconds'] for row in good):.1f}"]) + " |")
     return "\n".join(lines)
@@ -138,7 +166,7 @@ def figures(rows: list[dict], text: str, out: Path) -> str:
         import matplotlib.pyplot as plt
     except ImportError:
         return "no figures: they need matplotlib (pip install matplotlib)"
-    dense = next(row["perplexity"][text] for row in rows if row["method"] == DENSE)
+    dense = next((row["perplexity"][text] for row in rows if row["method"] == DENSE and "error" not in row), None)
     good = [row for row in rows if "error" not in row and row["method"] != DENSE]
     for quantity, label in (("removed", "parameters removed"), ("seconds", "seconds of compression")):
         fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -147,7 +175,8 @@ def figures(rows: list[dict], text: str, out: Path) -> str:
             ours = method == "flattengpt"
             ax.plot(*zip(*points, strict=True), marker="osv^Dx+*"[number % 8], label=method, markersize=5,
                     linestyle="-" if quantity == "removed" else "", linewidth=2.5 if ours else 0.8, zorder=3 if ours else 2)
-        ax.axhline(dense, color="#888888", linewidth=0.8, linestyle=":")
+        if dense:
+            ax.axhline(dense, color="#888888", linewidth=0.8, linestyle=":")
         ax.set(xlabel=label, ylabel=f"perplexity, {text}", yscale="log", xscale="log" if quantity == "seconds" else "linear")
         ax.legend(fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         matplotlib.rcParams["svg.hashsalt"] = "flattengpt"
@@ -158,15 +187,18 @@ def figures(rows: list[dict], text: str, out: Path) -> str:
 
 def commit() -> str:
     """The commit of this repository, "unknown" outside a clone."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
-                           capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 
 def parse_args() -> argparse.Namespace:
     parser = console.parser("Compare all methods on one checkpoint.", __doc__ + "\nmethods: " + ", ".join(METHODS))
     parser.add_argument("--ckpt", required=True, help="checkpoint folder")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4], help="shares of parameters (default 0.2 0.4)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2], help="shares of parameters (default 0.2)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", default=list(METHODS), help="default: all, listed below")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds of calibration text (default 1)")
     parser.add_argument("--windows", type=int, default=128, help="judge on at most so many windows, evenly spread; 0: all "
@@ -198,24 +230,29 @@ def main() -> None:
     tokenizer, (text, calibrated) = load_tokenizer(source.path), calibration_text(args.data)
     ids, judged = torch.tensor(tokenizer.encode(text)), {}
     for found, name in [held_out_text(args.data), *(evaluation_text(path) for path in args.also)]:
+        if name in judged:
+            raise ValueError(f"two texts are called {name}; rename one")
         judged[name] = spread(windows_of(torch.tensor(tokenizer.encode(found)), args.length), args.windows)
     runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
     settings = {"checkpoint": source.path.resolve().name, "calibration": calibrated, "samples": args.samples,
                 "trials": args.trials, "length": args.length,
                 "windows": {name: len(windows) for name, windows in judged.items()},
-                "dtype": str(runner.dtype).removeprefix("torch.")}
+                "dtype": str(runner.dtype).removeprefix("torch."), "device": runner.device.type,
+                "sha256": hashlib.sha256(b"".join(digest(part) for part in (ids, *judged.values())) + weights_digest(source)
+                                         ).hexdigest()}
     out = args.out or Path("out") / f"compare-{settings['checkpoint']}"
     rows, todo = read_rows(out / "results.jsonl", settings), cells(args.ratios, args.methods, args.seeds)
-    done = {(row["method"], row["ratio"], row["seed"]) for row in rows if "error" not in row}
+    done = {(row["method"], row["ratio"], row["seed"]) for row in rows
+            if "error" not in row and not (args.save and row["method"] != DENSE)}
     out.mkdir(parents=True, exist_ok=True)
     left = [cell for cell in todo if cell not in done]
     for method, ratio, seed in progress(left, "compare: cells", len(left)):
-        row = {"method": method, "ratio": ratio, "seed": seed}
+        row = {"method": method, "ratio": ratio, "seed": seed, "commit": commit()}
         try:
             found, network = run_cell(source, method, ratio, ids, judged, runner, args.samples, args.trials, seed)
-            row |= found
             if args.save and network.ordinary and method != DENSE:
-                save(network, source, args.save / f"{settings['checkpoint']}-{method}-{ratio}-{seed}", row)
+                save(network, source, args.save / f"{settings['checkpoint']}-{method}-{ratio}-{seed}", row | found)
+            row |= found
         except Exception as error:  # whatever it is, the other cells go on, and the row says why
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         rows = [old for old in rows if (old["method"], old["ratio"], old["seed"]) != (method, ratio, seed)] + [row]
@@ -226,7 +263,8 @@ def main() -> None:
              + ", ".join(f"{len(windows)} windows of {args.length} of {name}" for name, windows in judged.items())
              + f"; {settings['dtype']}, seeds 0 to {args.seeds - 1}, {os.cpu_count()} CPU cores"
              + (f", {torch.cuda.get_device_name()}" if runner.device.type == "cuda" else "")
-             + f", Python {platform.python_version()}, torch {torch.__version__}, commit {commit()}",
+             + f", Python {platform.python_version()}, torch {torch.__version__}, commit "
+             + ", ".join(sorted({row["commit"] for row in rows})),
              f"`python -m baselines.compare {shlex.join(sys.argv[1:])}`", table(rows, list(judged))]
     (out / "table.md").write_text("\n\n".join(lines) + "\n")
     print("\n\n".join(lines) + f"\n\nwrote {out}/results.jsonl, {out}/table.md; "

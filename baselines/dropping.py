@@ -127,7 +127,7 @@ def blockpruner(network: Network, n: int, text: Calibration) -> Network:
     goal, gone = n * network.config.block_parameters(), []
     while sum(sizes[half] for half in gone) < goal:
         steps = [partial((text.runner.attend, text.runner.feed)[half], network.blocks[i]) for i, half in halves]
-        losses = text.losses_without(network, steps, list(range(len(halves))))
+        losses = text.losses_without(network, steps, list(range(len(halves))), size=0.5)
         gone.append(halves.pop(int(losses.argmin())))
     blocks, absent = [], 0
     for i, weights in enumerate(network.blocks):

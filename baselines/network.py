@@ -109,13 +109,15 @@ class Calibration:
         """Mean next-token loss, for the streams that leave the last block, of all windows or of the trial windows."""
         return float(final_losses(network.outside, xs, self.tokens[:len(xs)], self.runner).double().mean())
 
-    def losses_without(self, network: Network, steps: list[Callable[[Tensor], None]], candidates: list[int]) -> Tensor:
+    def losses_without(self, network: Network, steps: list[Callable[[Tensor], None]], candidates: list[int],
+                       size: float = 1.0) -> Tensor:
         """Loss of the network without each candidate step (every step changes the streams in place); infinite for others.
 
-        What comes before a candidate is run once for all, so n steps cost about n / 2 passes of the trial windows.
+        A step is `size` blocks. What comes before a candidate is run once for all, so n steps cost about n / 2 passes of
+        the trial windows.
         """
         losses, xs = torch.full((len(steps),), math.inf, dtype=torch.float64), self.embedded(network, trial=True)
-        share = len(xs) / len(self.tokens) * len(network.blocks) / self.depth / len(steps)
+        share = len(xs) / len(self.tokens) * size / self.depth
         for i in progress(range(max(candidates) + 1), "try without each: steps", max(candidates) + 1):
             if i in candidates:
                 ys = xs.clone()

@@ -29,16 +29,25 @@ def divergence(logits_of: Callable, xs: Tensor, ys: Tensor, device: torch.device
     return total / (xs.shape[0] * xs.shape[1])
 
 
+def split(tokens: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    """(windows that make trial merges, other windows that judge them), of the calibration windows (N, T).
+
+    A merge fits the text that it was made from, so other text must judge. A single window has to do for both.
+    """
+    rest = tokens[[i for i in range(len(tokens)) if i % BUILD]] if len(tokens) > 1 else tokens
+    return tokens[::BUILD], rest[::max(1, min(L * len(rest) // len(tokens), len(rest)))]
+
+
 def damages(source, tokens: Tensor, runner: Runner, make: Callable[[list[Weights], Tensor, Tensor], Weights],
             largest: int = LARGEST) -> dict[tuple[int, int], float]:
     """{(first, last): divergence of the model in which only these blocks have become one} for all groups up to `largest`.
 
     make(members, xs, dense) is the merge; both streams are the dense model's. It sees one calibration window in eight, the
-    comparison one in L: both together cost about three passes of all windows, whatever the depth.
+    comparison about one in L of the others: together some three passes of all windows, whatever the depth.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
-    build = embed(outer, tokens[::BUILD], runner.dtype)
-    judge = [embed(outer, tokens[::max(1, min(L, len(tokens)))], runner.dtype)]
+    for_build, for_judge = split(tokens, L)
+    build, judge = embed(outer, for_build, runner.dtype), [embed(outer, for_judge, runner.dtype)]
     for i in range(L):
         judge.append(judge[-1].clone())
         runner.run_block(source.block(i), judge[-1])

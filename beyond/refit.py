@@ -54,11 +54,6 @@ def mean_products(runner: Runner, streams: list[Tensor], pairs_of: Callable) -> 
     return [total.double() / tokens for total in totals]
 
 
-def ridge_of(A: Tensor, multiple: float) -> float:
-    """A ridge of so many mean eigenvalues of A (n, n)."""
-    return multiple * float(A.diagonal().mean())
-
-
 def alignment(G: Tensor, cross: Tensor, multiple: float = RIDGE) -> Tensor:
     """M (C, C) that minimises E|n M - t|^2 + a |M - I|^2, from G = E[n^T n] and cross = E[n^T t].
 
@@ -66,7 +61,7 @@ def alignment(G: Tensor, cross: Tensor, multiple: float = RIDGE) -> Tensor:
     two are the same, and exact, but for the ridge, if t is a linear image of n.
     """
     eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
-    return eye + torch.cholesky_solve(cross - G, regularized_cholesky(G, ridge_of(G, multiple)))
+    return eye + torch.cholesky_solve(cross - G, regularized_cholesky(G, absolute_ridge(G, multiple)))
 
 
 def read_through(block: Weights, names: tuple[str, ...], M: Tensor) -> Weights:
@@ -112,8 +107,8 @@ def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
 def eliminate(V: Tensor, P: Tensor, keep: int, steps: int = STEPS) -> Tensor:
     """eliminate_units for single rows, many at a time: about n^3 flops in all. Returns the rows that remain.
 
-    A batch is chosen among twice as many candidates of least cost, whose costs are kept exact while it is chosen. One batch
-    a row, and every row a candidate, is the exact rule.
+    A batch is chosen among twice as many candidates of least cost, whose costs are kept exact while it is chosen. Batches of
+    one row are the exact rule.
     """
     alive = torch.ones(len(V), dtype=torch.bool, device=V.device)
     batch = -(-(len(V) - keep) // steps) if keep < len(V) else 1
@@ -148,6 +143,17 @@ def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool) -> 
     return torch.arange(member * keep, (member + 1) * keep)
 
 
+@torch.inference_mode()
+def attend_and_add(weights: Weights, xs: Tensor, total: Tensor, runner: Runner) -> None:
+    """xs and total, each plus the block's attention on xs, in place. total keeps the digits that a narrow xs loses."""
+    block = runner.block(weights)
+    for rows in batches(xs):
+        x = xs[rows].to(runner.device)
+        update = block.attend(x, runner.rope)
+        xs[rows] = (x + update).to(xs.device)
+        total[rows] += update.to(total.device)
+
+
 def align(members: list[Weights], norm_name: str, xs: Tensor, own: list[Tensor], norm: RMSNorm, runner: Runner,
           ridge: float) -> list[Weights]:
     """The members with what reads this norm aligned: from the stream xs that they share to the one that each had."""
@@ -167,18 +173,18 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     """
     config, width = runner.config, len(members)
     inputs, middles = [], []
+    added = dense.to(sum_dtype(runner.dtype)) - xs  # what xs lacks of the dense stream, and what attention adds to that
     for member in members:
         inputs.append(dense.clone())
-        runner.attend(member, dense)
+        attend_and_add(member, dense, added, runner)
         middles.append(dense.clone())
         runner.feed(member, dense)
     norm = RMSNorm(torch.ones(config.hidden_size, dtype=runner.dtype, device=runner.device), config.rms_norm_eps)
     members = [fold_norms(member) for member in members]
     if "align" in parts:
         members = align(members, "input_layernorm.weight", xs, inputs, norm, runner, ridge)
+    del inputs
     wide = flatten_blocks(members)
-    # what attention adds in the dense model, and what xs lacks of the dense stream already
-    added = inputs[0] - xs + sum(after - before for before, after in zip(inputs, middles, strict=True))
 
     attention, keep = runner.block(wide).self_attn, config.num_key_value_heads
     A, B = mean_products(runner, [xs, added], lambda u, t: [(z := attention.heads(norm(u), runner.rope), z), (z, t)])
@@ -187,13 +193,13 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     if "dense" not in parts:
         B = A @ W
     if "eliminate" in parts:
-        V = fit(W, A, B, ridge_of(A, ridge))
-        heads = choose_heads(V, inverse(A, ridge_of(A, ridge)), size, keep, config.qk_norm)
+        V = fit(W, A, B, absolute_ridge(A, ridge))
+        heads = choose_heads(V, inverse(A, absolute_ridge(A, ridge)), size, keep, config.qk_norm)
         V = V[channels_of(heads, size).to(A.device)]
     else:
         heads = keep_kv_heads(head_importance(A.diagonal().sqrt(), W.T, width * keep).cpu(), config)
         rows = channels_of(heads, size).to(A.device)
-        V = fit(W[rows], A[rows][:, rows], B[rows], ridge_of(A, ridge))
+        V = fit(W[rows], A[rows][:, rows], B[rows], absolute_ridge(A, ridge))
     weights = prune_attention(wide, heads, config)
     weights["self_attn.o_proj.weight"] = V.T.to(wide["self_attn.o_proj.weight"].dtype).cpu().contiguous()
     check_finite(weights, where)
@@ -204,18 +210,19 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     mlps = flatten_blocks(members)
     weights |= {name: mlps[name] for name in mlps if name.startswith("mlp.")}
     mlp = runner.block(weights).mlp
-    C, B = mean_products(runner, [xs, dense], lambda u, y: [(psi := mlp.channels(norm(u)), psi), (psi, y - u)])
+    C, B = mean_products(runner, [xs, dense], lambda u, y: [
+        (psi := mlp.channels(norm(u)), psi), (psi, y.to(sum_dtype(u.dtype)) - u)])
     check_finite({"the channel statistics": C}, where)
     W = mlps["mlp.down_proj.weight"].double().T.to(C.device)
     if "dense" not in parts:
         B = C @ W
     if "eliminate" in parts:
-        V = fit(W, C, B, ridge_of(C, ridge))
-        channels = eliminate(V, inverse(C, ridge_of(C, ridge)), config.intermediate_size)
+        V = fit(W, C, B, absolute_ridge(C, ridge))
+        channels = eliminate(V, inverse(C, absolute_ridge(C, ridge)), config.intermediate_size)
         V = V[channels]
     else:
         channels = best(ridge_leverage(C, absolute_ridge(C, 10.0)), config.intermediate_size)
-        V = fit(W[channels], C[channels][:, channels], B[channels], ridge_of(C, ridge))
+        V = fit(W[channels], C[channels][:, channels], B[channels], absolute_ridge(C, ridge))
     weights = prune_mlp(weights, channels.cpu(), V.T.cpu().contiguous())
     check_finite(weights, where)
     runner.feed(weights, xs)

@@ -78,6 +78,35 @@ def pipeline(path: Path) -> None:
     save(fig, path)
 
 
+def beyond(path: Path) -> None:
+    """The dense model's streams beside the compressed one, and what is fitted to what."""
+    fig, ax = plt.subplots(figsize=(9.5, 2.9))
+    for x, label in ((0.0, "x1"), (3.1, "x2"), (6.2, "y")):
+        ax.text(x, 2.3, label, ha="center", va="center", fontsize=11)
+    for x, color, label in ((0.75, BLUE, "block 1"), (3.85, ORANGE, "block 2")):
+        box(ax, x, 1.95, 1.6, 0.7, color, label)
+        arrow(ax, (x - 0.5, 2.3), (x, 2.3))
+        arrow(ax, (x + 1.6, 2.3), (x + 2.15, 2.3))
+    ax.text(-0.6, 2.3, "dense", ha="right", va="center", fontsize=9)
+    ax.text(-0.6, 0.35, "compressed", ha="right", va="center", fontsize=9)
+    ax.text(0, 0.35, "u", ha="center", va="center", fontsize=11)
+    arrow(ax, (0.25, 0.35), (0.75, 0.35))
+    box(ax, 0.75, 0.0, 2.35, 0.7, BLUE)
+    box(ax, 3.1, 0.0, 2.35, 0.7, ORANGE)
+    ax.text(3.1, 0.35, "one block of ordinary width", ha="center", va="center", fontsize=9, color="white")
+    arrow(ax, (5.45, 0.35), (6.0, 0.35))
+    ax.text(6.2, 0.35, "y'", ha="center", va="center", fontsize=11)
+    for x, target, label in ((1.6, 0.0, "align: M1 makes\nN(x1) of N(u)"), (4.4, 3.1, "align: M2 makes\nN(x2) of N(u)")):
+        arrow(ax, (target, 2.1), (x - 0.4, 0.75))
+        ax.text(x - 0.3, 1.3, label, ha="left", va="center", fontsize=8, color="#555555")
+    arrow(ax, (6.2, 2.1), (6.2, 0.55))
+    ax.text(6.35, 1.3, "fit: o_proj and down_proj\nbring y' to y", ha="left", va="center", fontsize=8, color="#555555")
+    ax.set_xlim(-1.8, 8.8)
+    ax.set_ylim(-0.1, 2.75)
+    ax.axis("off")
+    save(fig, path)
+
+
 def gradient_norms(tokens: Tensor) -> list[float]:
     """Norm of the loss's gradient with respect to each block's weights, on the calibration tokens (N, T)."""
     net = load(BUNDLED, dtype=torch.float32).requires_grad_(True)
@@ -198,6 +227,7 @@ def save(fig, path: Path) -> None:
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same figure, the same file
     pipeline(HERE / "pipeline.svg")
+    beyond(HERE / "beyond.svg")
     loss_curve(HERE / "loss.svg", [json.loads(line) for line in (BUNDLED.parent / "loss.jsonl").read_text().splitlines()])
     args = argparse.Namespace(data=PYTHON, samples=64, length=256, seed=None, ridge=None)
     defaults(args)

@@ -69,7 +69,7 @@ def log_likelihoods(source: Checkpoint, pairs: list[tuple[list[int], list[int]]]
             for states, r in zip(streams[T], members, strict=True):
                 n = min(len(pairs[r][1]), len(texts[r]) - 1)                                    # tokens to predict
                 logits = logits_of(states[len(texts[r]) - 1 - n:len(texts[r]) - 1].to(device)).float()
-                targets = torch.tensor(texts[r][-n:], device=logits.device)
+                targets = torch.tensor(texts[r][len(texts[r]) - n:], device=logits.device)
                 found[r] = -F.cross_entropy(logits, targets, reduction="sum")
     return found
 
