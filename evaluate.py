@@ -167,7 +167,11 @@ def main() -> None:
         args.prompt.encode("utf-8")  # a ValueError now rather than a crash inside a tokenizer
     for path in args.ckpt:
         Checkpoint(path)  # all of them, before the first takes its time
-    if args.tasks or args.limit is not None:
+    if args.limit is not None and not args.tasks:
+        raise ValueError("--limit is for --tasks; --max-windows shortens the measurement of perplexity")
+    if args.tasks:
+        if args.prompt or args.max_windows or args.stream or args.window != 2048:
+            raise ValueError("--tasks measures accuracy; --prompt, --max-windows, --stream and --window are for perplexity")
         from zeroshot.score import zero_shot  # here, because it calls this file's functions
         return zero_shot(args.ckpt, args.tasks, args.data, args.limit, args.device, args.dtype)
     compare(args.ckpt, *evaluation_text(args.data), args.window, args.max_windows, args.device, args.dtype, args.stream,

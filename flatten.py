@@ -169,7 +169,7 @@ def groups_by_damage(source: Checkpoint, tokens: Tensor, runner: Runner, args: a
 
 def explain(groups: list[dict], S: Tensor, config: Config) -> None:
     """Print how the groups came about and what pruning saw."""
-    print("\nwhy these groups: the similarity of neighbours' inputs, S[i, i+1], is "
+    print("\nsimilarity of neighbours' inputs, S[i, i+1]: "
           + " ".join(f"{value:.3f}" for value in S.diagonal(1)))
     for group in groups:
         if "head_scores" not in group:
@@ -180,7 +180,8 @@ def explain(groups: list[dict], S: Tensor, config: Config) -> None:
               f"{' '.join(f'{value:.3g}' for value in scores.mean(1))}; the {total} channels have "
               f"{group['effective_dimension']:.1f} effective dimensions at ridge {group['ridge']:.3g}")
     print("error columns: |y - dense| / |dense - x|, mean over tokens of one calibration window in sixteen. flattened: the "
-          "blocks side by side; selected: only the best heads and channels; compensated: the other channels folded in")
+          "blocks side by side; selected: only the best heads and channels; compensated: the other channels folded in; "
+          "refit: fitted, and measured against the stream of the whole dense model, with what earlier groups have lost")
 
 
 def parse_args() -> argparse.Namespace:
@@ -243,7 +244,8 @@ def main() -> None:
             if found:
                 group |= found
                 print(row(group, config))
-        record = {"method": "FlattenGPT (arXiv 2602.08858)", "ratio_asked": args.ratio, "groups": groups,
+        method = "FlattenGPT (arXiv 2602.08858)" + (", fitted to the dense model" if args.refit else "")
+        record = {"method": method, "grouped_by": args.group_by, "ratio_asked": args.ratio, "groups": groups,
                   **describe_run("flatten.py", args, tokens, text, runner, ratio=args.ratio, keep_wide=args.keep_wide,
                                  refit=args.refit, group_by=None if args.group_by == "similarity" else args.group_by)}
         record = writer.finish([group["blocks"] for group in groups], record, args.keep_wide)

@@ -158,6 +158,27 @@ def table(rows: list[dict], texts: list[str]) -> str:
     return "\n".join(lines)
 
 
+def relative(rows: list[dict], texts: list[str], reference: str = "flattengpt") -> str:
+    """Excess of each method over that of the reference at the same ratio, means over seeds, as a Markdown table.
+
+    Empty without a dense row or the reference; ratios at which the reference costs nothing are left out.
+    """
+    good = [row for row in rows if "error" not in row]
+    dense = next((row for row in good if row["method"] == DENSE), None)
+    lines = [f"excess relative to {reference}'s:", "| ratio asked | method | " + " | ".join(texts) + " |",
+             "|---" * (2 + len(texts)) + "|"]
+
+    def mean_excess(ratio: float, method: str, text: str) -> float:
+        same = [row for row in good if (row["ratio"], row["method"]) == (ratio, method)]
+        return statistics.mean(excess(row, dense, text) for row in same) if same and dense else 0.0
+    for ratio, method in sorted({(row["ratio"], row["method"]) for row in good} - {(0.0, DENSE)}):
+        theirs = [mean_excess(ratio, reference, text) for text in texts]
+        if method != reference and theirs[0] > 0:
+            cells = [f"{mean_excess(ratio, method, text) / their:.2f}" for text, their in zip(texts, theirs, strict=True)]
+            lines.append(f"| {ratio} | {method} | {' | '.join(cells)} |")
+    return "\n".join([lines[0], "", *lines[1:]]) if len(lines) > 3 else ""
+
+
 def figures(rows: list[dict], text: str, out: Path) -> str:
     """Draw perplexity against parameters removed and against the seconds spent; says what was drawn."""
     try:
@@ -265,7 +286,9 @@ def main() -> None:
              + (f", {torch.cuda.get_device_name()}" if runner.device.type == "cuda" else "")
              + f", Python {platform.python_version()}, torch {torch.__version__}, commit "
              + ", ".join(sorted({row["commit"] for row in rows})),
-             f"`python -m baselines.compare {shlex.join(sys.argv[1:])}`", table(rows, list(judged))]
+             f"`python -m baselines.compare {shlex.join(sys.argv[1:])}`", table(rows, list(judged)),
+             relative(rows, list(judged))]
+    lines = list(filter(None, lines))
     (out / "table.md").write_text("\n\n".join(lines) + "\n")
     print("\n\n".join(lines) + f"\n\nwrote {out}/results.jsonl, {out}/table.md; "
           + figures(rows, next(iter(judged)), out))

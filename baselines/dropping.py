@@ -34,7 +34,8 @@ def block_influence(similarity: Tensor) -> Tensor:
 def plus_rule(scores: Tensor, n: int, first: int = 4, last: int = 2) -> Tensor:
     """The scores with infinity for the first four and last two blocks (Shortened-LLaMA's "+", arXiv 2402.02834, sec. 3).
 
-    In a model too shallow for that, blocks are given free again from the inside until n remain.
+    In a model too shallow for that, blocks are given free again until n remain: the last two first, then from the
+    inside.
     """
     protected = [*range(min(first, len(scores))), *range(len(scores) - 1, max(first, len(scores) - last) - 1, -1)]
     protected = protected[:max(0, len(scores) - n)]

@@ -44,7 +44,8 @@ def laco(network: Network, n: int, text: Calibration, merge: Callable[[list[Weig
     """Walk down from the top and collapse `span` blocks into one wherever the final stream stays similar enough
     (LaCo, arXiv 2402.11187, Alg. 1), until n blocks are gone.
 
-    The threshold of the paper is set by hand for each model; here it is the strictest of a list that removes n.
+    The threshold of the paper is set by hand for each model; here it is the strictest of a list that removes n. Its interval
+    is 1; a merge at the top, or the last one, may be of fewer blocks. Streams are compared before the final norm.
     """
     target = text.run(network.blocks, text.embedded(network, trial=True))
     for threshold in THRESHOLDS:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from baselines.network import Calibration, Network
-from calibrate import Runner, sum_dtype
+from calibrate import Runner
 from checkpoint.config import Config
 from checkpoint.reader import Weights
 from prune import best, channels_of, cut_channels, prune_attention, prune_mlp, query_heads_of, score_heads
@@ -63,7 +63,7 @@ def moments(outputs, xs: Tensor, runner: Runner) -> tuple[Tensor, Tensor]:
 
     def add(x: Tensor) -> Tensor:
         nonlocal sums, squares
-        u = outputs(x).flatten(0, -2).to(torch.promote_types(sum_dtype(x.dtype), torch.float64))
+        u = outputs(x).flatten(0, -2).double()
         sums, squares = sums + u.sum(0), squares + u.square().sum(0)
         return x
     runner.update(xs, add)

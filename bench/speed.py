@@ -2,7 +2,7 @@
 
 Speed depends on shapes alone, not on which blocks were joined. So a model that exists nowhere but in its shape will do:
 random weights, and for the flattened model the first L' of its L blocks. The bound is what would be reached if time were
-proportional to the numbers read: (L blocks + head) / (L' blocks + head).
+proportional to the parameters used: (L blocks + head) / (L' blocks + head), the head once for each text that is read.
 
     python -m bench.speed --shape tinyllama --ratio 0.2               random weights of a known shape
     python -m bench.speed --ckpt DENSE FLATTENED                      two checkpoints
@@ -13,9 +13,12 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import console
 from calibrate import DTYPES, compute_dtype
@@ -23,7 +26,7 @@ from checkpoint.config import Config
 from checkpoint.reader import Checkpoint
 from console import progress, run
 from flatten import merges_for_ratio
-from model import Block, Transformer, generate, load
+from model import Block, Cache, Transformer, load
 
 SHAPES = {  # hidden_size, intermediate_size, blocks, query heads, KV heads, vocabulary
     "tinyllama": (2048, 5632, 22, 32, 4, 32000),
@@ -73,39 +76,70 @@ def elapsed(work, device: str) -> float:
 
 
 def medians(works: list, repeats: int, device: str, what: str) -> list[float]:
-    """Median seconds of each work; all of them run in turn `repeats` times, after a round of warm-up."""
+    """Median seconds of each work; all of them run in turn `repeats` times, after a round of warm-up.
+
+    work() makes ready, and returns the function that is timed.
+    """
     times = [[] for _ in works]
     for turn in progress(range(repeats + 1), what, repeats + 1):
         for spent, work in zip(times, works, strict=True):
-            seconds = elapsed(work, device)
+            seconds = elapsed(work(), device)
             if turn:
                 spent.append(seconds)
     return [statistics.median(spent) for spent in times]
 
 
-def per_token(net: Transformer) -> int:
-    """Numbers read for each token: blocks and head."""
-    block = sum(p.numel() for layer in net.model["layers"] for p in layer.parameters())
-    return block + net.config.vocab_size * net.config.hidden_size
+def parameters_used(net: Transformer, tokens: int) -> int:
+    """Parameters used to read so many tokens: all blocks for each, the head for the last."""
+    blocks = sum(p.numel() for layer in net.model["layers"] for p in layer.parameters())
+    return blocks * tokens + net.config.vocab_size * net.config.hidden_size
 
 
-def measure(nets: list[Transformer], args: argparse.Namespace) -> list[dict]:
-    """One row for prefill and for decoding at each batch size: tokens per second of both, and the ratio."""
-    vocabulary, rows = nets[0].config.vocab_size, []
-    bound = per_token(nets[0]) / per_token(nets[1])
+@torch.inference_mode()
+def read(net: Transformer, ids: Tensor) -> None:
+    """Read ids (B, T) and predict what comes next."""
+    net.head(net.hidden(ids)[:, -1])
+
+
+@torch.inference_mode()
+def write(net: Transformer, states: Tensor, cache: Cache, new: int) -> None:
+    """Append `new` tokens, the likeliest each time, to what the cache holds; states (B, T, C) are the last ones read."""
+    for _ in range(new):
+        states = net.hidden(net.head(states[:, -1:]).argmax(-1), cache)
+
+
+@torch.inference_mode()
+def ready_to_write(net: Transformer, ids: Tensor, new: int):
+    """The text read, and the function that continues it."""
+    cache = Cache(ids.shape[1] + new)
+    return partial(write, net, net.hidden(ids, cache), cache, new)
+
+
+def measure(nets: list[Transformer], args: argparse.Namespace) -> Iterator[dict]:
+    """One row for prefill and one for decoding at each batch size: tokens per second of both models, and the ratio."""
+    vocabulary = nets[0].config.vocab_size
     for batch in args.batch:
         g = torch.Generator().manual_seed(0)
         for name, length, new in (("prefill", args.prefill, 0), ("decode", args.prompt, args.new)):
             ids = torch.randint(vocabulary, (batch, length), generator=g).to(args.device)
 
-            def work(net: Transformer, ids=ids, new=new) -> None:
-                with torch.inference_mode():
-                    generate(net, ids, new) if new else net.head(net.hidden(ids)[:, -1])
-            spent = medians([lambda net=net: work(net) for net in nets], args.repeats, args.device, f"{name}, batch {batch}")
+            works = [partial(ready_to_write, net, ids, new) if new else partial(partial, read, net, ids) for net in nets]
+            spent = medians(works, args.repeats, args.device, f"{name}, batch {batch}")
             speeds = [batch * (new or length) / seconds for seconds in spent]
-            rows.append({"what": name, "batch": batch, "tokens": new or length, "prompt": length,
-                         "dense": speeds[0], "flattened": speeds[1], "ratio": speeds[1] / speeds[0], "bound": bound})
-    return rows
+            dense, flattened = (parameters_used(net, 1 if new else length) for net in nets)
+            yield {"what": name, "batch": batch, "tokens": new or length, "prompt": length, "dense": speeds[0],
+                   "flattened": speeds[1], "ratio": speeds[1] / speeds[0], "bound": dense / flattened}
+
+
+def free_memory(device: str) -> float:
+    """Bytes that can be had on a device; infinite where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
 
 
 def parse_args() -> argparse.Namespace:
@@ -135,8 +169,7 @@ def main() -> None:
     if args.shape:
         config = shape_config(args.shape)
         need = config.parameters() * torch.finfo(dtype).bits // 8
-        free = torch.cuda.mem_get_info(args.device)[0] if torch.device(args.device).type == "cuda" else \
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = free_memory(args.device)
         if need > free:
             raise ValueError(f"{args.shape} needs {need / 1e9:.1f} GB in {args.dtype}, and {free / 1e9:.1f} GB are free")
         dense = random_model(config, args.device, dtype)

@@ -82,8 +82,8 @@ def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
     """
     factor = torch.linalg.cholesky(P[rows][:, rows])
     back, P_rows = P[:, rows], P[rows]
-    V -= back @ torch.cholesky_solve(V[rows], factor)
-    P -= back @ torch.cholesky_solve(P_rows, factor)
+    V.addmm_(back, torch.cholesky_solve(V[rows], factor), alpha=-1)
+    P.addmm_(back, torch.cholesky_solve(P_rows, factor), alpha=-1)
     V[rows], P[rows], P[:, rows] = 0.0, 0.0, 0.0
 
 

@@ -8,6 +8,7 @@ import platform
 import re
 from pathlib import Path
 
+import console
 from console import run
 
 DOCUMENT = Path(__file__).with_name("WALKTHROUGH.md")
@@ -28,8 +29,11 @@ def execute(document: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def main() -> None:
+    console.parser("Renew the outputs in the walkthrough.", __doc__).parse_args()
     document, outputs = execute(DOCUMENT.read_text())
-    DOCUMENT.write_text(document)
+    partial = DOCUMENT.with_name(f".{DOCUMENT.name}.partial")
+    partial.write_text(document)
+    partial.replace(DOCUMENT)
     print(f"{DOCUMENT}: {len(outputs)} outputs, {sum(old != new for old, new in outputs)} of them changed")
 
 

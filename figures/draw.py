@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from torch import Tensor
 
+import console
 from baselines.network import whole
 from calibrate import Measurement, Runner, defaults, embed, measure, read_tokens
 from checkpoint.reader import Checkpoint
@@ -225,6 +226,7 @@ def save(fig, path: Path) -> None:
 
 
 def main() -> None:
+    console.parser("Draw the README's figures.", __doc__).parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same figure, the same file
     pipeline(HERE / "pipeline.svg")
     beyond(HERE / "beyond.svg")

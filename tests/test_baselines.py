@@ -1,6 +1,7 @@
 """Every method: what it must do on models where the answer is known, and that its result is an ordinary checkpoint."""
 import dataclasses
 import json
+import math
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from checkpoint.reader import Checkpoint
 from evaluate import losses
 from model import generate, load
 
+NOT_ORDINARY = {"blockpruner", "streamline-linear", "flap", "flat-wide", "flat-heads-only", "flat-channels-only"}
 WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
@@ -105,8 +107,9 @@ def test_ordinary_results_are_checkpoints_that_transformers_opens(method, tmp_pa
     text = calibration(dense)
     text.runner = tiny.runner(source.config, 16, torch.float32)
     smaller = METHODS[method][0](dense, 2, text)
-    if not smaller.ordinary:
-        return
+    assert smaller.ordinary == (method not in NOT_ORDINARY)
+    if method in NOT_ORDINARY:
+        pytest.skip("no ordinary checkpoint")
     compare.save(smaller, source, tmp_path / "saved", {"method": method})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     with torch.inference_mode():
@@ -327,6 +330,15 @@ def test_channel_scores():
     assert torch.equal(flattened.random_score(C, 1.0, down), flattened.random_score(C, 2.0, down))
 
 
+def test_the_plus_methods_drop_inside_the_protected_ends():
+    blocks = [identity(seed) if seed in (5, 6) else tiny.block(tiny.config(), seed) for seed in range(10)]
+    dense = network(blocks)
+    text = calibration(dense)
+    text.tokens = own_text(dense, text)
+    for method in (dropping.taylor_plus, dropping.magnitude_plus):
+        assert method(dense, 2, text).blocks == [blocks[i] for i in (0, 1, 2, 3, 4, 7, 8, 9)]
+
+
 def test_passes_are_counted():
     dense = network([tiny.block(tiny.config(), seed) for seed in range(4)])
     for method, passes in ((dropping.shortgpt, 1), (flattened.flattengpt, 2), (dropping.shortened_ppl, 6 / 4 + 1)):
@@ -359,6 +371,14 @@ def test_compare_refuses_in_one_line(ckpt, text_file, cli, wrong, message, tmp_p
     code, _, err = cli(compare.main, "--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length", 32, "--out",
                        tmp_path / "out", *wrong)
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_relative_excess_is_a_ratio_of_logarithms():
+    costs = [("dense", 0.0, 0.0), ("flattengpt", 0.2, 0.1), ("flattengpt", 0.2, 0.3), ("last", 0.2, 0.5), ("last", 0.4, 1.0)]
+    rows = [{"method": method, "ratio": ratio, "perplexity": {"t": 10 * math.exp(cost)}} for method, ratio, cost in costs]
+    text = compare.relative(rows, ["t"])
+    assert text.splitlines()[4:] == ["| 0.2 | last | 2.50 |"]
+    assert compare.relative(rows[:1], ["t"]) == ""
 
 
 def test_compare_does_not_mix_results_of_other_settings(ckpt, text_file, cli, tmp_path):

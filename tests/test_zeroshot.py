@@ -169,7 +169,8 @@ def test_the_average_of_five_names_its_metrics(tmp_path, cli):
 
 @pytest.mark.parametrize("options, message", [
     (["--tasks", "piqa,nonsense"], "unknown 'nonsense'"), (["--tasks", "piqa"], "it comes from https://yonatanbisk.com"),
-    (["--tasks", "boolq", "--limit", "0"], "--limit must be at least 1"), (["--limit", "3"], "unknown ''")])
+    (["--tasks", "boolq", "--limit", "0"], "--limit must be at least 1"), (["--limit", "3"], "--limit is for --tasks"),
+    (["--tasks", "boolq", "--stream"], "for perplexity")])
 def test_mistakes_are_one_line(options, message, tmp_path, ckpt, cli):
     code, _, err = cli(evaluate.main, "--ckpt", ckpt, "--data", tmp_path, *options)
     assert code == 2 and message in err and err.count("\n") == 1

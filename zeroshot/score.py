@@ -89,13 +89,13 @@ def accuracies(questions: list[Item], scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(plain, dtype=torch.float64), torch.tensor(normed, dtype=torch.float64)
 
 
-def zero_shot(paths: list[str | Path], tasks: str | None, folder: str | None, limit: int | None = None, device: str = "cpu",
+def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: int | None = None, device: str = "cpu",
               dtype: str | None = None) -> None:
     """Print accuracy and standard error of each checkpoint on each task, and the papers' average if its tasks are there.
 
     tasks is a list with commas. ValueError for a task that is not known or whose file is not in the folder.
     """
-    names = list(dict.fromkeys((tasks or "").split(",")))
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"--tasks: unknown {', '.join(map(repr, unknown))}; there are {','.join(TASKS)}")
     if folder is None or (limit is not None and limit < 1):
@@ -104,8 +104,9 @@ def zero_shot(paths: list[str | Path], tasks: str | None, folder: str | None, li
     print("zero-shot, log-likelihood of the choices, worded and split as in lm-evaluation-harness; no BOS"
           + (f"; SUBSET: the first {limit} questions of each task only" if limit else ""))
     print("| checkpoint | task | questions | acc | acc_norm | quoted |\n|---|---|---|---|---|---|")
-    for path in paths:
-        source, tokenizer, quoted = Checkpoint(path), load_tokenizer(path), {}
+    models = [(Checkpoint(path), load_tokenizer(path)) for path in paths]
+    for path, (source, tokenizer) in zip(paths, models, strict=True):
+        quoted = {}
         kind = compute_dtype(dtype, device, source.dtype)
         for name, asked in questions.items():
             pairs = [encode_pair(tokenizer, context, continuation) for item in asked

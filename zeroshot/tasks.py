@@ -106,7 +106,7 @@ def find(task: str, folder: Path) -> Path:
 def items(task: str, folder: Path) -> list[Item]:
     """All items of a task. ValueError names the file and line that is not in the published form."""
     path = find(task, folder)
-    rows = read(path).decode("utf-8").splitlines()
+    rows = [row for row in read(path).decode("utf-8").split("\n") if row.strip()]
     labels = []
     if task == "piqa":
         if not (path.parent / "valid-labels.lst").is_file():
