@@ -167,9 +167,9 @@ def main() -> None:
         args.prompt.encode("utf-8")  # a ValueError now rather than a crash inside a tokenizer
     for path in args.ckpt:
         Checkpoint(path)  # all of them, before the first takes its time
-    if args.limit is not None and not args.tasks:
+    if args.limit is not None and args.tasks is None:
         raise ValueError("--limit is for --tasks; --max-windows shortens the measurement of perplexity")
-    if args.tasks:
+    if args.tasks is not None:
         if args.prompt or args.max_windows or args.stream or args.window != 2048:
             raise ValueError("--tasks measures accuracy; --prompt, --max-windows, --stream and --window are for perplexity")
         from zeroshot.score import zero_shot  # here, because it calls this file's functions

@@ -30,12 +30,12 @@ from baselines.methods import METHODS
 from baselines.network import Calibration, Network, whole
 from calibrate import Runner, add_arguments, calibration_tokens, compute_dtype, defaults
 from checkpoint.reader import Checkpoint
-from checkpoint.writer import Writer
+from checkpoint.writer import Writer, check_output
 from console import progress, run
 from evaluate import losses, windows_of
 from flatten import check_flattenable, merges_for_ratio
 from text.tokenizer import load_tokenizer
-from text.wikitext import calibration_text, evaluation_text, held_out_text
+from text.wikitext import calibration_text, evaluation_text, held_out_text, read
 
 DENSE = "dense"
 
@@ -61,7 +61,8 @@ def weights_digest(source: Checkpoint) -> bytes:
 
 def cells(ratios: list[float], methods: list[str], seeds: int) -> list[tuple[str, float, int]]:
     """(method, ratio, seed) of all cells, the dense model first."""
-    return [(DENSE, 0.0, 0), *((method, ratio, seed) for ratio in ratios for method in methods for seed in range(seeds))]
+    return list(dict.fromkeys([(DENSE, 0.0, 0), *((method, ratio, seed) for ratio in ratios for method in methods
+                                                  for seed in range(seeds))]))
 
 
 def run_cell(source: Checkpoint, method: str, ratio: float, ids: Tensor, judged: dict[str, Tensor], runner: Runner,
@@ -77,13 +78,14 @@ def run_cell(source: Checkpoint, method: str, ratio: float, ids: Tensor, judged:
     if not all(map(math.isfinite, scores.values())):
         raise ValueError("the perplexity is not finite")
     return {"parameters": network.parameters(), "removed": 1 - network.parameters() / dense.parameters(),
-            "blocks": len(network.blocks), "perplexity": scores, "seconds": seconds, "passes": text.passes}, network
+            "blocks": len(network.blocks), "ordinary": network.ordinary, "perplexity": scores, "seconds": seconds,
+            "passes": text.passes}, network
 
 
 def save(network: Network, source: Checkpoint, out: Path, record: dict) -> None:
     """The network as an ordinary checkpoint folder, with `record` as its flatten.json."""
     config = network.config
-    with Writer(out, source, overwrite=True) as writer:
+    with Writer(out, source) as writer:
         for block in network.blocks:
             writer.add(block)
         writer.finish([[i] for i in range(len(network.blocks))], record, changes={
@@ -92,23 +94,31 @@ def save(network: Network, source: Checkpoint, out: Path, record: dict) -> None:
 
 
 def read_rows(path: Path, settings: dict) -> list[dict]:
-    """The finished cells of an earlier run with the same settings; ValueError if the file has others."""
-    rows = {}
-    if path.exists():
-        text = path.read_text()
-        whole_lines = text[:text.rfind("\n") + 1]
-        if whole_lines != text:  # the last line was cut off by a kill
-            path.write_text(whole_lines)
-        for number, line in enumerate(whole_lines.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                same = row["settings"] == settings and {"method", "ratio", "seed", "commit"} <= row.keys()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{path} line {number} is not a result of this program; choose another --out") from None
-            if not same:
-                raise ValueError(f"{path} holds results with other settings ({json.dumps(row['settings'])[:300]}); choose "
-                                 "another --out")
-            rows[row["method"], row["ratio"], row["seed"]] = row
+    """The finished cells of an earlier run with the same settings; ValueError if the file holds anything else.
+
+    A last line that a kill has cut off is dropped.
+    """
+    rows, text = {}, read(path).decode("utf-8") if path.exists() else ""
+    lines = text.split("\n")
+    cut_off = lines.pop()
+    for number, line in enumerate([*lines, *([cut_off] if cut_off and not cut_off.startswith('{"method"') else [])], 1):
+        try:
+            row = json.loads(line)
+            same, key = row["settings"] == settings, (row["method"], row["ratio"], row["seed"])
+            fits = isinstance(row["commit"], str) and tuple(map(type, key)) == (str, float, int) and (
+                isinstance(row["error"], str) if "error" in row else isinstance(row["ordinary"], bool) and all(
+                    math.isfinite(row[name]) for name in ("parameters", "removed", "blocks", "seconds", "passes"))
+                and all(row["perplexity"][name] > 0 for name in row["settings"]["windows"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{path} line {number} is not a result of this program; choose another --out")
+        if not same:
+            raise ValueError(f"{path} holds results with other settings ({json.dumps(row['settings'])[:300]}); choose "
+                             "another --out")
+        rows[key] = row
+    if cut_off:
+        path.write_text("".join(line + "\n" for line in lines))
     return list(rows.values())
 
 
@@ -190,6 +200,8 @@ def figures(rows: list[dict], text: str, out: Path) -> str:
         return "no figures: they need matplotlib (pip install matplotlib)"
     dense = next((row["perplexity"][text] for row in rows if row["method"] == DENSE and "error" not in row), None)
     good = [row for row in rows if "error" not in row and row["method"] != DENSE]
+    if not good:
+        return "nothing to draw"
     for quantity, label in (("removed", "parameters removed"), ("seconds", "seconds of compression")):
         fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
         for number, method in enumerate(dict.fromkeys(row["method"] for row in good)):
@@ -238,7 +250,7 @@ def parse_args() -> argparse.Namespace:
     if args.seeds < 1 or args.windows < 0 or args.trials < 1:
         raise ValueError("--seeds and --trials must be at least 1, and --windows at least 0")
     if args.seed is not None:
-        raise ValueError("seeds count from 0 here; --seeds says how many there are")
+        raise ValueError(f"--seed {args.seed} is not used here; seeds count from 0, and --seeds says how many there are")
     defaults(args, {"samples": 64, "length": 256})
     return args
 
@@ -264,26 +276,36 @@ def main() -> None:
                                          ).hexdigest()}
     out = args.out or Path("out") / f"compare-{settings['checkpoint']}"
     rows, todo = read_rows(out / "results.jsonl", settings), cells(args.ratios, args.methods, args.seeds)
-    done = {(row["method"], row["ratio"], row["seed"]) for row in rows
-            if "error" not in row and not (args.save and row["method"] != DENSE)}
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not (out / "results.jsonl").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not a result of this program (no results.jsonl); choose another --out")
+
+    def folder(method: str, ratio: float, seed: int) -> Path:
+        return args.save / f"{settings['checkpoint']}-{method}-{ratio}-{seed}"
+    done = {(row["method"], row["ratio"], row["seed"]) for row in rows if "error" not in row}
+    if args.save:
+        unsaved = {key for row in rows if (key := (row["method"], row["ratio"], row["seed"])) in done
+                   and row["ordinary"] and row["method"] != DENSE and not folder(*key).exists()}
+        done -= unsaved
     left = [cell for cell in todo if cell not in done]
+    for cell in left if args.save else ():
+        check_output(folder(*cell), source.path, False)
+    calibration_tokens(ids, args.samples, args.length, 0)  # a text too short is noticed now
+    out.mkdir(parents=True, exist_ok=True)
     for method, ratio, seed in progress(left, "compare: cells", len(left)):
         row = {"method": method, "ratio": ratio, "seed": seed, "commit": commit()}
         try:
             found, network = run_cell(source, method, ratio, ids, judged, runner, args.samples, args.trials, seed)
             if args.save and network.ordinary and method != DENSE:
-                save(network, source, args.save / f"{settings['checkpoint']}-{method}-{ratio}-{seed}", row | found)
+                save(network, source, folder(method, ratio, seed), row | found)
             row |= found
         except Exception as error:  # whatever it is, the other cells go on, and the row says why
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         rows = [old for old in rows if (old["method"], old["ratio"], old["seed"]) != (method, ratio, seed)] + [row]
         with open(out / "results.jsonl", "a") as file:
             file.write(json.dumps(row | {"settings": settings}) + "\n")
-    rows = [row for row in rows if (row["method"], row["ratio"], row["seed"]) in todo]
     lines = [f"{settings['checkpoint']}, calibrated on {args.samples} x {args.length} tokens of {calibrated}, judged on "
              + ", ".join(f"{len(windows)} windows of {args.length} of {name}" for name, windows in judged.items())
-             + f"; {settings['dtype']}, seeds 0 to {args.seeds - 1}, {os.cpu_count()} CPU cores"
+             + f"; {settings['dtype']}, seeds 0 to {max(row['seed'] for row in rows)}, {os.cpu_count()} CPU cores"
              + (f", {torch.cuda.get_device_name()}" if runner.device.type == "cuda" else "")
              + f", Python {platform.python_version()}, torch {torch.__version__}, commit "
              + ", ".join(sorted({row["commit"] for row in rows})),
@@ -293,6 +315,8 @@ def main() -> None:
     (out / "table.md").write_text("\n\n".join(lines) + "\n")
     print("\n\n".join(lines) + f"\n\nwrote {out}/results.jsonl, {out}/table.md; "
           + figures(rows, next(iter(judged)), out))
+    if all("error" in row for row in rows):
+        raise ValueError(f"every cell failed, the first with: {rows[0]['error']}")
 
 
 if __name__ == "__main__":

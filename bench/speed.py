@@ -166,6 +166,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     dtype = compute_dtype(args.dtype, args.device, torch.bfloat16)
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; give the name of a file")
     if args.shape:
         config = shape_config(args.shape)
         need = config.parameters() * torch.finfo(dtype).bits // 8

@@ -102,14 +102,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     args = parser.parse_args()
+    if min(args.steps, args.batch, args.length, args.heads) < 1:
+        raise ValueError("--steps, --batch, --length and --heads must be at least 1")
+    raw = architecture(args.width, args.blocks, args.heads, args.kv_heads, args.channels, args.vocabulary)
+    config = Config.parse(raw)
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists already; choose another --out")
     args.out.mkdir(parents=True)
 
     train, test = (list(documents(evaluation).values()) for evaluation in (False, True))
     vocabulary = learn_vocabulary(train, args.vocabulary)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     train, test = encode(tokenizer, train), encode(tokenizer, test)
-    raw = architecture(args.width, args.blocks, args.heads, args.kv_heads, args.channels, args.vocabulary)
-    net = initial_model(Config.parse(raw), args.seed).to(args.device)
+    net = initial_model(config, args.seed).to(args.device)
     print(f"{len(train):,} training tokens, {len(test):,} held out, {sum(p.numel() for p in net.parameters()):,} parameters")
 
     matrices = [p for p in net.parameters() if p.ndim > 1]

@@ -19,20 +19,29 @@ class Item:
 
 
 def question(context: str, choices: list[str], gold: int) -> Item:
-    """An item whose choices continue one context, after a space."""
-    if not 0 <= gold < len(choices):
-        raise ValueError(f"the right answer is number {gold} of {len(choices)}")
+    """An item whose choices continue one context, after a space. ValueError if they are not texts, gold none of them."""
+    if not isinstance(choices, list) or not all(isinstance(text, str) and text.strip() for text in [context, *choices]):
+        raise ValueError("expected a question and choices that are texts and not empty")
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise ValueError(f"the right answer is number {gold!r} of {len(choices)}")
     return Item([context] * len(choices), [" " + choice for choice in choices], [len(choice) for choice in choices], gold)
+
+
+def number(value: str | int) -> int:
+    """An index, which some files write as text."""
+    return int(value) if isinstance(value, str) else value
 
 
 def piqa(row: dict) -> Item:
     """goal, sol1, sol2 and, from the file of labels, label."""
-    return question(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    return question(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], number(row["label"]))
 
 
 def winogrande(row: dict) -> Item:
     """Partial scoring: the options fill the blank of the context, and what follows the blank is what is scored."""
-    before, after = row["sentence"].split("_", 1)
+    before, after = row["sentence"].split("_")
+    if not after.strip():
+        raise ValueError("nothing follows the blank")
     contexts = [before + row["option1"], before + row["option2"]]
     return Item(contexts, [" " + after.strip()] * 2, [len(context) for context in contexts], ("1", "2").index(row["answer"]))
 
@@ -46,9 +55,11 @@ def clean(text: str) -> str:
 def hellaswag(row: dict) -> Item:
     """ctx_a, ctx_b, activity_label, endings, label; or, preprocessed already, query, choices, gold."""
     if "query" in row:
-        return question(row["query"], row["choices"], int(row["gold"]))
+        return question(row["query"], row["choices"], number(row["gold"]))
     context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return question(context, [clean(ending) for ending in row["endings"]], int(row["label"]))
+    if not isinstance(row["endings"], list):
+        raise ValueError("endings is not a list")
+    return question(context, [clean(ending) for ending in row["endings"]], number(row["label"]))
 
 
 def science(row: dict, wording: str) -> Item:
@@ -65,6 +76,8 @@ def science(row: dict, wording: str) -> Item:
 def boolq(row: dict) -> Item:
     """passage, question, answer (or label): yes or no."""
     answer = str(row["answer"] if "answer" in row else row["label"]).lower()
+    if not isinstance(row["passage"], str) or not isinstance(row["question"], str):
+        raise ValueError("passage and question must be texts")
     return question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"],
                     {"false": 0, "true": 1, "0": 0, "1": 1}[answer])
 
