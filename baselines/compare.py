@@ -184,9 +184,9 @@ def relative(rows: list[dict], texts: list[str], reference: str = "flattengpt") 
     for ratio, method in sorted({(row["ratio"], row["method"]) for row in good} - {(0.0, DENSE)}):
         theirs = [mean_excess(ratio, reference, text) for text in texts]
         if method != reference and theirs[0] > 0:
-            cells = [f"{mean_excess(ratio, method, text) / their:.2f}" if their > 0 else "-"
-                     for text, their in zip(texts, theirs, strict=True)]
-            lines.append(f"| {ratio} | {method} | {' | '.join(cells)} |")
+            shares = [f"{mean_excess(ratio, method, text) / their:.2f}" if their > 0 else "-"
+                      for text, their in zip(texts, theirs, strict=True)]
+            lines.append(f"| {ratio} | {method} | {' | '.join(shares)} |")
     return "\n".join([lines[0], "", *lines[1:]]) if len(lines) > 3 else ""
 
 

@@ -1,6 +1,6 @@
 """Draw the README's figures: a sketch of the method, and what it does to the bundled checkpoint. Needs matplotlib.
 
-    python -m figures.draw              all of them, into figures/; about four minutes on two CPU cores
+    python -m figures.draw              all of them, into figures/; about two minutes on two CPU cores
 """
 import argparse
 import json
