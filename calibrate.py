@@ -116,12 +116,17 @@ class Runner:
         """
         width = block.mlp.down_proj.in_features
         gram = torch.zeros(width, width, dtype=sum_dtype(self.dtype), device=self.device)
-        strip = -(-width // 4)  # the sum is symmetric: four strips up to the diagonal do 5/8 of the work of the whole
         for rows in batches(xs):
-            psi = block.mlp.channels(block.post_attention_layernorm(xs[rows].to(self.device))).flatten(0, 1).to(gram.dtype)
-            for i in range(0, width, strip):
-                gram[i:i + strip, :i + strip].addmm_(psi[:, i:i + strip].T, psi[:, :i + strip])
+            psi = block.mlp.channels(block.post_attention_layernorm(xs[rows].to(self.device))).flatten(0, 1)
+            add_gram(gram, psi.to(gram.dtype))
         return gram.tril_() + gram.tril(-1).T
+
+
+def add_gram(total: Tensor, a: Tensor) -> None:
+    """total (n, n) += a^T a, for a (tokens, n), in place, up to the diagonal at least: four strips do 5/8 of the work."""
+    strip = -(-len(total) // 4)
+    for i in range(0, len(total), strip):
+        total[i:i + strip, :i + strip].addmm_(a[:, i:i + strip].T, a[:, :i + strip])
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

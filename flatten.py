@@ -138,7 +138,7 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
     """
     wide = flatten_blocks(members)
     if len(members) == 1:
-        for stream in (xs, dense) if dense is not None else (xs,):
+        for stream in (xs,) if dense is None or dense is xs else (xs, dense):
             runner.run_block(wide, stream)
         return wide, {}
     check_finite(wide, where)
@@ -236,9 +236,11 @@ def main() -> None:
             groups_by_damage(source, tokens, runner, args, merges, max_group)
         groups = [{"blocks": blocks, "similarity": float(S[blocks[0], blocks[-1]])} for blocks in chosen]
         xs = embed(source.outer(), tokens, runner.dtype)                             # (N, T, C), enters block 0
-        dense = xs.clone() if args.refit else None
+        dense = xs if args.refit else None                     # one stream until blocks are first joined
         for group in progress(groups, "flatten and prune: blocks", len(groups)):
             members = [source.block(i) for i in group["blocks"]]
+            if dense is xs and len(members) > 1:
+                dense = xs.clone()
             weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, f"blocks {group['blocks']}", dense)
             writer.add(weights)
             if found:

@@ -124,18 +124,21 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
+    def project(self, n: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (rotated) and values, (B, H or KV, T, D), for normed inputs n (B, T, C)."""
+        q, k, v = (proj(n).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
     def heads(self, n: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None, block: int = 0) -> Tensor:
         """What the heads hand to o_proj, (B, T, H*D), for normed inputs n (B, T, C)."""
-        B, T, _ = n.shape
-        q, k, v = (proj(n).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)          # (B, H or KV, T, D)
+        q, k, v = self.project(n, rope)
         if cache is not None:
             k, v = cache.append(block, k, v)
-        S = k.shape[2]
+        T, S = q.shape[2], k.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool, device=n.device).tril(S - T) if 1 < T < S else None
         o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S, enable_gqa=q.shape[1] != k.shape[1])
-        return o.transpose(1, 2).reshape(B, T, -1)
+        return o.transpose(1, 2).flatten(2)
 
     def forward(self, n: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None, block: int = 0) -> Tensor:
         return self.o_proj(self.heads(n, rope, cache, block))

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from baselines.network import Calibration, Network
 from beyond.grouping import damages, least_damage
-from beyond.refit import PARTS, RIDGE, refit_block
+from beyond.refit import PARTS, refit_block
+from beyond.regression import RIDGE
 from checkpoint.reader import Weights
 from flatten import flatten_blocks, mergeable, select_groups
 from prune import cut_channels, keep_kv_heads, leverage_score, prune_attention, score_heads
@@ -57,14 +58,15 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE, by_
     else:
         groups = groups_of(network, n, text)
     xs, blocks = text.embedded(network), []
-    dense = xs.clone()
+    dense = xs  # one stream until blocks are first joined
     for group in groups:
         members = [network.blocks[i] for i in group]
         if len(group) == 1:
-            runner.run_block(members[0], xs)
-            runner.run_block(members[0], dense)
+            for stream in (xs,) if dense is xs else (xs, dense):
+                runner.run_block(members[0], stream)
             blocks += members
         else:
+            dense = xs.clone() if dense is xs else dense
             blocks.append(make(members, xs, dense))
     text.passes += 2
     return network.with_blocks(blocks)

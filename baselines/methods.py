@@ -28,7 +28,8 @@ METHODS = {
     "flat-refit": (flattened.refit, "ours: merged blocks fitted to the dense model"),
     "flat-refit-damage": (partial(flattened.refit, by_damage=True), "ours: fitted, and grouped by measured damage"),
     **{f"flat-refit-no-{part}": (partial(flattened.refit, parts=tuple(set(PARTS) - {part})), f"ours: fitted, without {what}")
-       for part, what in (("align", "alignment"), ("eliminate", "elimination"), ("dense", "the dense target"))},
+       for part, what in (("align", "alignment"), ("eliminate", "elimination"), ("values", "new values"),
+                           ("dense", "the dense target"))},
     "flat-wide": (flattened.wide, f"{PAPER}: flattening alone, no parameter removed"),
     "flat-heads-only": (partial(flattened.flattengpt, channels=False), f"{PAPER}: only heads pruned"),
     "flat-channels-only": (partial(flattened.flattengpt, heads=False), f"{PAPER}: only channels pruned"),

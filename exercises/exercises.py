@@ -44,7 +44,7 @@ EXERCISES = [Exercise(number, *rest) for number, rest in enumerate([
     ("evaluate.py", "window_losses", "tests/test_evaluate.py", ("test_losses_in_pieces_are_the_mean_over_the_window",)),
     ("evaluate.py", "losses_streamed", "tests/test_evaluate.py", (
         "test_perplexity_equals_the_plain_loop_streamed_or_not",)),
-    ("beyond/refit.py", "eliminate_units", "tests/test_beyond.py", (
+    ("beyond/regression.py", "eliminate_units", "tests/test_beyond.py", (
         "test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum",)),
 ], start=1)]
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 import flatten
 from baselines.network import Network
-from beyond import grouping, refit
+from beyond import grouping, refit, regression
 from checkpoint.reader import Checkpoint
 from flatten import READS, flatten_blocks
 from model import load
-from prune import nystrom_down, prune_block, relative_error, through
+from prune import nystrom_down, prune_block, regularized_cholesky, relative_error, through
 
 g = torch.Generator()
 
@@ -24,8 +24,8 @@ def randn(*shape, seed=0):
 def test_alignment_is_the_identity_for_equal_inputs_and_exact_for_linear_images():
     n, M = randn(200, 6), randn(6, 6, seed=1)
     G = n.T @ n / 200
-    assert torch.allclose(refit.alignment(G, G), torch.eye(6, dtype=torch.float64))
-    assert torch.allclose(refit.alignment(G, G @ M, 1e-12), M, atol=1e-8)
+    assert torch.allclose(regression.alignment(G, G, regression.ridged(G)), torch.eye(6, dtype=torch.float64))
+    assert torch.allclose(regression.alignment(G, G @ M, regression.ridged(G, 1e-12)), M, atol=1e-8)
 
 
 def test_alignment_is_the_ridge_optimum():
@@ -33,7 +33,7 @@ def test_alignment_is_the_ridge_optimum():
     G, a = n.T @ n / 50, 0.3
     eye, scale = torch.eye(6, dtype=torch.float64), (a * float(G.diagonal().mean())) ** 0.5
     rows = torch.cat([n / 50 ** 0.5, scale * eye]), torch.cat([t / 50 ** 0.5, scale * eye])
-    assert torch.allclose(refit.alignment(G, n.T @ t / 50, a), torch.linalg.lstsq(*rows).solution)
+    assert torch.allclose(regression.alignment(G, n.T @ t / 50, regression.ridged(G, a)), torch.linalg.lstsq(*rows).solution)
 
 
 @pytest.mark.parametrize("norm", READS)
@@ -53,6 +53,14 @@ def problem(n=8, d=3, tokens=40, seed=0):
     return z, t, W, z.T @ z / tokens, z.T @ t / tokens
 
 
+def fit(W, A, B, ridge):
+    return regression.fit(W, A, B, regularized_cholesky(A, ridge))
+
+
+def inverse(A, ridge):
+    return torch.linalg.inv(A + ridge * torch.eye(len(A), dtype=A.dtype))
+
+
 def objective(V, rows, z, t, W, ridge):
     return float((z[:, rows] @ V - t).square().sum() / len(z) + ridge * (V - W[rows]).square().sum())
 
@@ -62,8 +70,8 @@ def test_fit_is_the_ridge_optimum():
     ridge = 0.2
     rows = (torch.cat([z / 40 ** 0.5, ridge ** 0.5 * torch.eye(8, dtype=torch.float64)]),
             torch.cat([t / 40 ** 0.5, ridge ** 0.5 * W]))
-    assert torch.allclose(refit.fit(W, A, B, ridge), torch.linalg.lstsq(*rows).solution)
-    assert torch.allclose(refit.fit(W, A, A @ W, ridge), W)  # a target that W meets already
+    assert torch.allclose(fit(W, A, B, ridge), torch.linalg.lstsq(*rows).solution)
+    assert torch.allclose(fit(W, A, A @ W, ridge), W)  # a target that W meets already
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,21 +85,21 @@ def test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum(seed, size,
 
     def best_objective(chosen):
         rows = rows_of(chosen)
-        V = refit.fit(W[rows], A[rows][:, rows], B[rows], ridge)
+        V = fit(W[rows], A[rows][:, rows], B[rows], ridge)
         removed = torch.tensor([row for row in range(8) if row not in rows.tolist()])
         return objective(V, rows, z, t, W, ridge) + (ridge * float(W[removed].square().sum()) if len(removed) else 0)
     while len(units) > keep:
         units.remove(min(units, key=lambda unit: best_objective([other for other in units if other != unit])))
-    V, P = refit.fit(W, A, B, ridge), refit.inverse(A, ridge)
-    kept = refit.eliminate_units(V, P, size, keep)
+    V, P = fit(W, A, B, ridge), inverse(A, ridge)
+    kept = regression.eliminate_units(V, P, size, keep)
     assert kept.tolist() == units
     rows = rows_of(units)
-    assert torch.allclose(V[rows], refit.fit(W[rows], A[rows][:, rows], B[rows], ridge))
+    assert torch.allclose(V[rows], fit(W[rows], A[rows][:, rows], B[rows], ridge))
     if size == 1:
         for steps in (100, 8):  # one row a batch
-            V, P = refit.fit(W, A, B, ridge), refit.inverse(A, ridge)
-            assert refit.eliminate(V, P, keep, steps).tolist() == units
-            assert torch.allclose(V[rows], refit.fit(W[rows], A[rows][:, rows], B[rows], ridge))
+            V, P = fit(W, A, B, ridge), inverse(A, ridge)
+            assert regression.eliminate(V, P, keep, steps).tolist() == units
+            assert torch.allclose(V[rows], fit(W[rows], A[rows][:, rows], B[rows], ridge))
 
 
 def test_batches_of_elimination_see_duplicates_and_leave_the_optimum_of_what_remains():
@@ -99,18 +107,18 @@ def test_batches_of_elimination_see_duplicates_and_leave_the_optimum_of_what_rem
     z[:, 10:] = z[:, :10]  # every channel twice: of each pair exactly one may go for nothing
     A, t = z.T @ z / 100, z @ W
     for steps in (1, 2, 5):
-        V, P = refit.fit(W, A, z.T @ t / 100, 1e-6), refit.inverse(A, 1e-6)
-        kept = refit.eliminate(V, P, 10, steps)
+        V, P = fit(W, A, z.T @ t / 100, 1e-6), inverse(A, 1e-6)
+        kept = regression.eliminate(V, P, 10, steps)
         assert sorted(i % 10 for i in kept.tolist()) == list(range(10))
         assert torch.allclose(z[:, kept] @ V[kept], t, atol=1e-2)
 
 
 def test_removing_leaves_the_inverse_of_what_remains():
     _, _, _, A, _ = problem()
-    V, P, rows = randn(8, 3), refit.inverse(A, 0.1), torch.tensor([1, 4])
-    refit.remove(V, P, rows)
+    V, P, rows = randn(8, 3), inverse(A, 0.1), torch.tensor([1, 4])
+    regression.remove(V, P, rows)
     left = [0, 2, 3, 5, 6, 7]
-    assert torch.allclose(P[left][:, left], refit.inverse(A[left][:, left], 0.1))
+    assert torch.allclose(P[left][:, left], inverse(A[left][:, left], 0.1))
     assert not P[rows].any() and not V[rows].any()
 
 
@@ -118,7 +126,7 @@ def test_no_weights_fit_the_dense_stream_better_than_the_fit():
     """Among them the paper's: with the same channels its compensation is never better on the calibration text."""
     z, t, W, A, B = problem()
     rows = torch.tensor([0, 3, 4, 6])
-    V, nystrom = refit.fit(W[rows], A[rows][:, rows], B[rows], 0.1), nystrom_down(W.T, A, rows, 0.1).T
+    V, nystrom = fit(W[rows], A[rows][:, rows], B[rows], 0.1), nystrom_down(W.T, A, rows, 0.1).T
     assert objective(V, rows, z, t, W, 0.1) <= min(objective(other, rows, z, t, W, 0.1) for other in (nystrom, W[rows]))
 
 
@@ -169,12 +177,61 @@ def test_the_refit_is_closer_to_the_dense_stream_than_the_paper_and_every_step_h
         assert full < error(tuple(set(refit.PARTS) - {part})), part
 
 
+def test_conjugate_gradients_reach_the_minimum_and_come_closer_with_every_step():
+    H, slope = problem(n=6)[3], randn(6, 4)
+    best = torch.linalg.solve(H, slope)
+
+    def distance(steps, precondition=lambda left: left):
+        D = regression.conjugate_gradients(slope, lambda D: H @ D, precondition, steps)
+        return float(((D - best) * (H @ (D - best))).sum())
+    distances = [distance(steps) for steps in range(7)]
+    assert all(after < before for before, after in itertools.pairwise(distances))
+    assert distance(24) < 1e-12 * distances[0]
+    assert distance(1, lambda left: torch.linalg.solve(H, left)) < 1e-12 * distances[0]
+    assert not regression.conjugate_gradients(torch.zeros(6, 4), lambda D: H @ D, lambda left: left, 3).any()
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_mixing_is_what_the_block_does_to_its_values_and_unmixing_its_adjoint(changes):
+    cfg = tiny.config(**changes)
+    run, n = tiny.runner(cfg, 20), tiny.stream(cfg, 3, 20)
+    block = run.block(tiny.block(cfg, 0))
+    for mixing, proj, output in (
+            (refit.mix_heads(block.self_attn, n, run.rope), block.self_attn.v_proj, block.self_attn(n, run.rope)),
+            (refit.mix_channels(block.mlp, n), block.mlp.up_proj, block.mlp(n))):
+        mix, unmix = mixing
+        assert torch.allclose(mix(proj(n)), output)
+        v, r = randn(*proj(n).shape, seed=1), randn(*n.shape, seed=2)
+        assert torch.allclose((mix(v) * r).sum(), (v * unmix(r)).sum())
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_enough_steps_find_the_optimal_values(changes):
+    """Against the least-squares solution of the whole problem, written out as one matrix; up to what the data determine."""
+    cfg = tiny.config(**{"num_attention_heads": 6, **changes, "hidden_size": 8, "intermediate_size": 6, "head_dim": 2})
+    run, xs, norm = tiny.runner(cfg, 10), tiny.stream(cfg, 12, 10), torch.nn.Identity()
+    block, target = run.block(tiny.block(cfg, 0)).requires_grad_(False), randn(12, 10, 8, seed=5)
+    for proj, mixer in ((block.self_attn.v_proj, lambda n: refit.mix_heads(block.self_attn, n, run.rope)),
+                        (block.mlp.up_proj, lambda n: refit.mix_channels(block.mlp, n))):
+        mix, _ = mixer(xs)
+        units = torch.eye(proj.weight.numel(), dtype=torch.float64).view(-1, *proj.weight.shape)
+        columns = torch.stack([mix(xs @ unit.T).flatten() for unit in units], 1)
+        missing = (target - mix(proj(xs))).flatten()
+        least = missing - columns @ torch.linalg.lstsq(columns, missing[:, None]).solution.flatten()
+        W = refit.new_values(proj, xs, target, norm, mixer, run, 1e-3, steps=300)
+        found = missing - mix(xs @ (W - proj.weight).T).flatten()
+        few = missing - mix(xs @ (refit.new_values(proj, xs, target, norm, mixer, run, 1e-3) - proj.weight).T).flatten()
+        assert float(found.square().sum()) == pytest.approx(float(least.square().sum()), rel=1e-6)
+        assert found.square().sum() < few.square().sum() < missing.square().sum()
+
+
 def test_products_are_means_over_tokens():
     cfg, xs = tiny.config(), tiny.stream(tiny.config(), 5, 12)
     run = tiny.runner(cfg, 12)
-    found, = refit.mean_products(run, [xs, 2 * xs], lambda a, b: [(a, b)])
+    found, gram = regression.mean_products(run, [xs, 2 * xs], lambda a, b: [(a, b), (a, a)])
     flat = xs.flatten(0, 1)
-    assert torch.allclose(found, 2 * flat.T @ flat / len(flat))
+    assert torch.allclose(found, 2 * flat.T @ flat / len(flat)) and torch.allclose(gram, found / 2)
+    assert torch.equal(gram, gram.T)
 
 
 @pytest.mark.parametrize("merges", [1, 2, 3, 4])
