@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import console
+from beyond.regression import RIDGE
 from calibrate import (
     Runner,
     add_arguments,
@@ -40,7 +41,7 @@ from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
 from console import progress, run
 from evaluate import compare, windows_of
-from prune import probe, prune_and_report, relative_error, row, through
+from prune import probe, prune_and_report, prune_block, relative_error, row, through
 from text.tokenizer import load_tokenizer
 from text.wikitext import held_out_text
 
@@ -159,10 +160,13 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
 def groups_by_damage(source: Checkpoint, tokens: Tensor, runner: Runner, args: argparse.Namespace, merges: int,
                      max_group: int) -> list[list[int]]:
     """The groups whose merges, tried one by one, change what the model predicts least (beyond/grouping.py)."""
-    from beyond import grouping
+    from beyond import grouping, refit  # here, because refit calls this file's functions
 
     def make(members: list[Weights], xs: Tensor, dense: Tensor) -> Weights:
-        return compress(members, xs, runner, args.ridge, False, "a trial merge", dense if args.refit else None)[0]
+        where = f"a trial merge of {len(members)} blocks"
+        if args.refit:
+            return refit.refit_block(members, xs, dense, runner, where, args.ridge, refit.QUICK)[0]
+        return prune_block(flatten_blocks(members), xs, runner, args.ridge, where=where)[0]
     found = grouping.damages(source, tokens, runner, make, max_group)
     return grouping.least_damage(found, source.config.num_hidden_layers, merges)
 
@@ -215,7 +219,7 @@ def main() -> None:
     if args.ckpt is None:
         from demo.tour import tour  # here, because the tour calls this file's functions
         return tour(args)
-    defaults(args, {"ridge": 0.01} if args.refit else None)
+    defaults(args, {"ridge": RIDGE} if args.refit else None)
     source = Checkpoint(args.ckpt)
     check_flattenable(source)
     config, max_group = source.config, args.max_group or source.config.num_hidden_layers

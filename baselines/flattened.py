@@ -4,7 +4,7 @@ from torch import Tensor
 
 from baselines.network import Calibration, Network
 from beyond.grouping import damages, least_damage
-from beyond.refit import PARTS, refit_block
+from beyond.refit import PARTS, QUICK, refit_block
 from beyond.regression import RIDGE
 from checkpoint.reader import Weights
 from flatten import flatten_blocks, mergeable, select_groups
@@ -50,7 +50,7 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE, by_
     """Every merged block fitted to the dense model's streams (beyond/refit.py), with groups by similarity or by damage."""
     runner = text.runner
 
-    def make(members: list[Weights], xs: Tensor, dense: Tensor) -> Weights:
+    def make(members: list[Weights], xs: Tensor, dense: Tensor, parts: tuple[str, ...] = QUICK) -> Weights:
         return refit_block(members, xs, dense, runner, ridge=ridge, parts=parts)[0]
     if by_damage:
         groups = least_damage(damages(network, text.tokens, runner, make), len(network.blocks), n)
@@ -67,7 +67,7 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE, by_
             blocks += members
         else:
             dense = xs.clone() if dense is xs else dense
-            blocks.append(make(members, xs, dense))
+            blocks.append(make(members, xs, dense, parts))
     text.passes += 2
     return network.with_blocks(blocks)
 

@@ -1,8 +1,8 @@
 """Group blocks by the damage that joining them does, measured, instead of by how alike their inputs are.
 
 Similar inputs say that members could share one; they do not say whether heads and channels can be spared, nor whether the
-rest of the network minds. So every pair and every triple of neighbours is merged for trial, alone, and the model with that
-one merge is compared with the dense one. The groups are those of least total damage. flatten.py --group-by damage.
+rest of the network minds. So every pair of neighbours, and half of the triples, is merged for trial, alone, and the model
+with that one merge is compared with the dense one. The groups are those of least total damage. flatten.py --group-by damage.
 """
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from console import progress
 from evaluate import readout
 
 LARGEST = 3     # blocks in a group
-BUILD = 8       # one window in so many makes the trial merges
+BUILD = 16      # one window in so many makes the trial merges
 
 
 @torch.inference_mode()
@@ -38,31 +38,43 @@ def split(tokens: Tensor, L: int) -> tuple[Tensor, Tensor]:
     return tokens[::BUILD], rest[::max(1, min(L * len(rest) // len(tokens), len(rest)))]
 
 
+def candidates(found: dict[tuple[int, int], float], L: int, size: int) -> list[tuple[int, int]]:
+    """Which groups of so many blocks to try, as (first, last) in order: all pairs; of longer ones the promising half.
+
+    Those are the ones whose two parts of one block less, tried before, did least damage together.
+    """
+    groups = [(i, i + size - 1) for i in range(L - size + 1)]
+    if size == 2:
+        return groups
+    hopes = {(i, j): found[i, j - 1] + found[i + 1, j] for i, j in groups if {(i, j - 1), (i + 1, j)} <= found.keys()}
+    return sorted(sorted(hopes, key=hopes.get)[:-(-len(groups) // 2)])
+
+
 def damages(source, tokens: Tensor, runner: Runner, make: Callable[[list[Weights], Tensor, Tensor], Weights],
             largest: int = LARGEST) -> dict[tuple[int, int], float]:
-    """{(first, last): divergence of the model in which only these blocks have become one} for all groups up to `largest`.
+    """{(first, last): divergence of the model in which only these blocks have become one} for `candidates` up to `largest`.
 
-    make(members, xs, dense) is the merge; both streams are the dense model's. It sees one calibration window in eight, the
-    comparison about one in L of the others: together some three passes of all windows, whatever the depth.
+    make(members, xs, dense) is the merge; both streams are the dense model's. It sees one calibration window in BUILD, the
+    comparison about one in L of the others: together less than three passes of all windows, whatever the depth.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     for_build, for_judge = split(tokens, L)
-    build, judge = embed(outer, for_build, runner.dtype), [embed(outer, for_judge, runner.dtype)]
+    judge = [embed(outer, for_judge, runner.dtype)]
     for i in range(L):
         judge.append(judge[-1].clone())
         runner.run_block(source.block(i), judge[-1])
     logits_of, found = readout(outer, runner), {}
-    trials = [(i, j) for i in range(L) for j in range(i + 1, min(i + largest, L))]
-    at = 0
-    for i, j in progress(trials, "try merges", len(trials)):
-        for k in range(at, i):
-            runner.run_block(source.block(k), build)
-        at = i
-        weights = make([source.block(k) for k in range(i, j + 1)], build.clone(), build.clone())
-        ys = judge[i].clone()
-        for block in [weights, *(source.block(k) for k in range(j + 1, L))]:
-            runner.run_block(block, ys)
-        found[i, j] = divergence(logits_of, judge[L], ys, runner.device)
+    for size in range(2, largest + 1):
+        build, at, trials = embed(outer, for_build, runner.dtype), 0, candidates(found, L, size)
+        for i, j in progress(trials, f"try merges of {size}", len(trials)):
+            for k in range(at, i):
+                runner.run_block(source.block(k), build)
+            at = i
+            weights = make([source.block(k) for k in range(i, j + 1)], build.clone(), build.clone())
+            ys = judge[i].clone()
+            for block in [weights, *(source.block(k) for k in range(j + 1, L))]:
+                runner.run_block(block, ys)
+            found[i, j] = divergence(logits_of, judge[L], ys, runner.device)
     return found
 
 

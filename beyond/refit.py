@@ -29,6 +29,7 @@ from beyond.regression import (
     eliminate_units,
     fit,
     mean_products,
+    mean_squares,
     ridged,
 )
 from calibrate import Runner, batches, check_finite, sum_dtype
@@ -36,7 +37,6 @@ from checkpoint.reader import Weights
 from flatten import READS, flatten_blocks, fold_norms
 from model import MLP, Attention, RMSNorm
 from prune import (
-    absolute_ridge,
     best,
     by_member,
     channels_of,
@@ -44,10 +44,10 @@ from prune import (
     keep_kv_heads,
     prune_attention,
     prune_mlp,
-    ridge_leverage,
 )
 
 PARTS = ("align", "eliminate", "values", "dense")
+QUICK = ("align", "dense")  # enough to find out which blocks to merge
 FEW = 32         # windows of calibration text are enough to choose by; only the last fit of a projection sees all
 VALUE_STEPS = 3  # conjugate gradients for new values
 V_PROJ, O_PROJ, UP_PROJ, DOWN_PROJ = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight",
@@ -142,17 +142,20 @@ def refit_attention(wide: Weights, xs: Tensor, target: Tensor, norm: RMSNorm, ru
 
     def products(attention: Attention, *streams: Tensor) -> list[Tensor]:
         return mean_products(runner, streams, lambda u, t: [(z := attention.heads(norm(u), runner.rope), z), (z, t)])
-    A, B = products(runner.block(wide).self_attn, few(xs), few(target))
-    check_finite({"the head statistics": A}, where)
-    W, keep = wide[O_PROJ].double().T.to(A.device), config.num_key_value_heads
+    W, keep = wide[O_PROJ].double().T.to(runner.device), config.num_key_value_heads
     size = config.num_attention_heads // keep * config.head_dim
     if "eliminate" in parts:
+        A, B = products(runner.block(wide).self_attn, few(xs), few(target))
+        check_finite({"the head statistics": A}, where)
         factor = ridged(A, ridge)
         W = fit(W, A, B, factor)
         heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, config.qk_norm)
     else:
-        heads = keep_kv_heads(head_importance(A.diagonal().sqrt(), W.T, len(A) // size).cpu(), config)
-    W = W[channels_of(heads, size).to(A.device)]
+        attention = runner.block(wide).self_attn
+        squares = mean_squares(runner, few(xs), lambda u: attention.heads(norm(u), runner.rope))
+        check_finite({"the head statistics": squares}, where)
+        heads = keep_kv_heads(head_importance(squares.sqrt(), W.T, len(W) // size).cpu(), config)
+    W = W[channels_of(heads, size).to(W.device)]
     weights = prune_attention(wide, heads, config) | {O_PROJ: stored(W, wide[O_PROJ])}
     if "values" in parts:
         attention = runner.block(weights).self_attn
@@ -170,15 +173,18 @@ def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, norm: RMSNorm, runner: 
     """(the block with as many channels as an ordinary one, fitted to what target (N, T, C) adds to xs; its channels)."""
     def products(mlp: MLP, *streams: Tensor) -> list[Tensor]:
         return mean_products(runner, streams, lambda u, t: [(psi := mlp.channels(norm(u)), psi), (psi, t)])
-    C, B = products(runner.block(wide).mlp, few(xs), few(target))
-    check_finite({"the channel statistics": C}, where)
-    W, keep = wide[DOWN_PROJ].double().T.to(C.device), runner.config.intermediate_size
+    W, keep = wide[DOWN_PROJ].double().T.to(runner.device), runner.config.intermediate_size
     if "eliminate" in parts:
+        C, B = products(runner.block(wide).mlp, few(xs), few(target))
+        check_finite({"the channel statistics": C}, where)
         factor = ridged(C, ridge)
         W = fit(W, C, B, factor)
         channels = eliminate(W, torch.cholesky_inverse(factor), keep)
     else:
-        channels = best(ridge_leverage(C, absolute_ridge(C, 10.0)), keep)
+        mlp = runner.block(wide).mlp
+        squares = mean_squares(runner, few(xs), lambda u: mlp.channels(norm(u)))
+        check_finite({"the channel statistics": squares}, where)
+        channels = best(squares.sqrt() * W.norm(dim=1), keep)
     W = W[channels]
     weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
     if "values" in parts:
@@ -207,8 +213,8 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     """(one block of ordinary width in place of the members, what was kept); both streams (N, T, C) pass on, in place.
 
     xs is the stream of the compressed model that enters the group, `dense` that of the dense one. `parts` can leave out
-    steps: without "align" members read the shared stream as it is; without "eliminate" heads and channels go by size and by
-    leverage at once; without "values" v_proj and up_proj stay; without "dense" the target is what the wide block adds.
+    steps: without "align" members read the shared stream as it is; without "eliminate" heads and channels go at once, those
+    that write least; without "values" v_proj and up_proj stay; without "dense" the target is what the wide block adds.
     ValueError, naming `where`, if anything becomes NaN or infinite.
     """
     config, width = runner.config, len(members)

@@ -36,6 +36,11 @@ def mean_products(runner: Runner, streams: list[Tensor], pairs_of: Callable) -> 
             for total, (a, b) in zip(totals, pairs, strict=True)]
 
 
+def mean_squares(runner: Runner, xs: Tensor, features_of: Callable) -> Tensor:
+    """Mean over tokens of z^2, (n,), for the features z (..., n) that features_of makes of a batch of xs."""
+    return mean_products(runner, [xs], lambda u: [(torch.ones_like(u[..., :1]), features_of(u).square())])[0][0]
+
+
 def ridged(A: Tensor, multiple: float = RIDGE) -> Tensor:
     """The Cholesky factor of A + ridge I, with a ridge of so many mean eigenvalues of A (n, n)."""
     return regularized_cholesky(A, absolute_ridge(A, multiple))
@@ -61,7 +66,7 @@ def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
     The step of the optimal brain surgeon (Hassibi and Stork 1993), for several rows at once. P becomes the inverse of the
     Hessian of those that remain, its removed rows and columns zero.
     """
-    factor = torch.linalg.cholesky(P[rows][:, rows])
+    factor = regularized_cholesky(P[rows][:, rows], 0.0)
     back, P_rows = P[:, rows], P[rows]
     V.addmm_(back, torch.cholesky_solve(V[rows], factor), alpha=-1)
     P.addmm_(back, torch.cholesky_solve(P_rows, factor), alpha=-1)

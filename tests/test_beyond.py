@@ -269,6 +269,14 @@ def test_other_windows_judge_a_trial_merge_than_made_it(n, L):
     assert n == 1 or not torch.isin(build, judge).any()
 
 
+def test_long_groups_are_tried_where_their_parts_did_little_damage():
+    pairs = {(0, 1): 1.0, (1, 2): 5.0, (2, 3): 1.0, (3, 4): 2.0, (4, 5): 9.0}
+    assert grouping.candidates({}, 6, 2) == list(pairs)
+    assert grouping.candidates(pairs, 6, 3) == [(0, 2), (2, 4)]   # of 6, 6, 3 and 11 the two least
+    assert grouping.candidates(pairs | {(0, 2): 1.0, (2, 4): 1.0}, 6, 4) == []
+    assert grouping.candidates(pairs, 2, 3) == []
+
+
 def test_damage_is_that_of_the_model_with_one_merge():
     cfg = tiny.config(num_hidden_layers=4)
     dead = {name: tensor if "norm" in name else torch.zeros_like(tensor) for name, tensor in tiny.block(cfg, 9).items()}
@@ -280,7 +288,7 @@ def test_damage_is_that_of_the_model_with_one_merge():
         assert torch.equal(xs, dense)
         return members[0]
     found = grouping.damages(source, tokens, run, first_member)
-    assert set(found) == {(i, j) for i in range(4) for j in (i + 1, i + 2) if j < 4}
+    assert set(found) == {(0, 1), (1, 2), (2, 3), *grouping.candidates(found, 4, 3)} and len(found) == 4
     assert found[1, 2] == 0 and all(value > 0 for pair, value in found.items() if pair != (1, 2))
 
 
