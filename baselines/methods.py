@@ -31,7 +31,7 @@ METHODS = {
     **{f"flat-refit-no-{part}": (partial(flattened.refit, parts=tuple(set(PARTS) - {part})), f"ours: fitted, without {what}")
        for part, what in (("align", "alignment"), ("eliminate", "elimination"), ("values", "new values"),
                            ("dense", "the dense target"))},
-    **{f"flat-refit-ridge-{ridge:g}": (partial(flattened.refit, ridge=ridge), f"ours: fitted, ridge {ridge:g} instead of {RIDGE:g}")
+    **{f"flat-refit-ridge-{ridge:g}": (partial(flattened.refit, ridge=ridge), f"ours: ridge {ridge:g}, not {RIDGE:g}")
        for ridge in (1e-3, 0.1, 1.0)},
     "flat-wide": (flattened.wide, f"{PAPER}: flattening alone, no parameter removed"),
     "flat-heads-only": (partial(flattened.flattengpt, channels=False), f"{PAPER}: only heads pruned"),
