@@ -9,7 +9,7 @@ import torch
 import evaluate
 from checkpoint.reader import Checkpoint
 from text.tokenizer import load_tokenizer
-from zeroshot.score import accuracies, encode_pair, log_likelihoods
+from zeroshot.score import accuracies, encode_pair, log_likelihoods, right_losses
 from zeroshot.tasks import TASKS, Item, items
 
 ROWS = {  # one made-up question a task, in its published form; and what the harness would ask
@@ -69,6 +69,7 @@ def test_accuracy_and_normed_accuracy_by_hand():
                  Item(["c"] * 3, [" x", " y", " z"], [1, 1, 1], 1)]
     scores = torch.tensor([-3.0, -4.0,  -3.0, -4.0,  -1.0, -1.0, -5.0])  # per character -1.5 and -1; a tie goes to the first
     plain, normed = accuracies(questions, scores)
+    assert right_losses(questions, scores, [1, 2, 3, 4, 5, 6, 7]).tolist() == pytest.approx([3.0, 1.0, 1 / 6])
     assert plain.tolist() == [1, 0, 0] and normed.tolist() == [0, 1, 0]
 
 
@@ -152,6 +153,7 @@ def test_a_random_model_scores_at_chance(tmp_path, cli):
     for mean, error in cells:
         assert float(error) == pytest.approx(100 * 0.5 / math.sqrt(299), rel=0.02)
         assert abs(float(mean) - 50) < 3 * float(error)
+    assert float(out.splitlines()[-1].split("|")[7].split("±")[0]) > math.log(300)  # worse than a uniform guess
 
 
 def test_the_average_of_five_names_its_metrics(tmp_path, cli):

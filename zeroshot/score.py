@@ -89,11 +89,29 @@ def accuracies(questions: list[Item], scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(plain, dtype=torch.float64), torch.tensor(normed, dtype=torch.float64)
 
 
+def with_error(values: Tensor, digits: int) -> str:
+    """The mean, and its standard error if there are several values."""
+    error = f" ± {values.std() / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{error}"
+
+
+def right_losses(questions: list[Item], scores: Tensor, lengths: list[int]) -> Tensor:
+    """Loss of each question's right choice, nats a token, (questions,): it tells small models apart where accuracy cannot.
+
+    scores and lengths (in tokens) are of all choices, question after question.
+    """
+    losses, start = [], 0
+    for item in questions:
+        losses.append(-float(scores[start + item.gold]) / max(1, lengths[start + item.gold]))
+        start += len(item.contexts)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
 def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: int | None = None, device: str = "cpu",
               dtype: str | None = None) -> None:
-    """Print accuracy and standard error of each checkpoint on each task, and the papers' average if its tasks are there.
+    """Print accuracy and loss of each checkpoint on each task, and the papers' average if its tasks are there.
 
-    tasks is a list with commas. ValueError for a task that is not known or whose file is not in the folder.
+    With standard errors. tasks is a list with commas. ValueError for a task that is not known or whose file is not in the folder.
     """
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if unknown := [name for name in names if name not in TASKS]:
@@ -103,7 +121,8 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
     questions = {name: items(name, Path(folder))[:limit] for name in names}
     print("zero-shot, log-likelihood of the choices, worded and split as in lm-evaluation-harness; no BOS"
           + (f"; SUBSET: the first {limit} questions of each task only" if limit else ""))
-    print("| checkpoint | task | questions | acc | acc_norm | quoted |\n|---|---|---|---|---|---|")
+    print("| checkpoint | task | questions | acc | acc_norm | quoted | loss of the right choice, nats a token |\n"
+          "|---|---|---|---|---|---|---|")
     models = [(Checkpoint(path), load_tokenizer(path)) for path in paths]
     for path, (source, tokenizer) in zip(paths, models, strict=True):
         quoted = {}
@@ -114,11 +133,11 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
             scores = log_likelihoods(source, pairs, device, kind)
             check_finite({"a log-likelihood": scores}, str(path))
             found = dict(zip(("acc", "acc_norm"), accuracies(asked, scores), strict=True))
-            cells = [f"{100 * hits.mean():.2f} ± {100 * hits.std() / len(hits) ** 0.5:.2f}" if len(hits) > 1 else
-                     f"{100 * hits.mean():.2f}" for hits in found.values()]
+            cells = [with_error(100 * hits, 2) for hits in found.values()]
+            loss = with_error(right_losses(asked, scores, [len(continuation) for _, continuation in pairs]), 4)
             quoted[name] = 100 * float(found[TASKS[name].metric].mean())
-            print(f"| {source.path.resolve().name} | {name} | {len(asked)} | {' | '.join(cells)} | {TASKS[name].metric} |",
-                  flush=True)
+            print(f"| {source.path.resolve().name} | {name} | {len(asked)} | {' | '.join(cells)} | {TASKS[name].metric} | "
+                  f"{loss} |", flush=True)
         if set(FIVE) <= quoted.keys():
             print(f"| {source.path.resolve().name} | average of five | | | {sum(quoted[name] for name in FIVE) / 5:.2f} | "
-                  "acc_norm, WinoGrande acc |")
+                  "acc_norm, WinoGrande acc | |")
