@@ -1,22 +1,26 @@
-"""What fitting a merged block to the dense model costs, next to the paper's pruning: one pair of blocks, random weights.
+"""What --refit costs next to the paper's pruning: one pair of blocks and one other, random weights, side by side.
 
 The fit runs the members beside the merged block and eliminates channels in float64, which takes about 2 n^3 flops and three
-matrices of n^2 for the n = 2 F channels of a pair, however much text there is. So its share falls with more text.
+matrices of n^2 for the n = 2 F channels of a pair, however much text there is. So its share falls with more text. The whole
+run at --ratio is put together from the parts: both measure every block once and pass every other block once more, --refit
+twice (as if the first pair stood at the start; streams are one until then).
 
-    python -m bench.refit --shape tinyllama --samples 16
+    python -m bench.refit --shape tinyllama --samples 128 --length 256
     python -m bench.refit --shape llama-2-7b --samples 1 --length 512 --only refit       does it fit into this memory?
 """
 import resource
 import time
 
 import torch
+from torch import Tensor
 
 import console
 from bench.speed import SHAPES, shape_config
 from beyond.refit import refit_block
-from calibrate import DTYPES, Runner, compute_dtype
+from calibrate import DTYPES, Runner, batches, compute_dtype, cosine_sums, observe
+from checkpoint.reader import Weights
 from console import run
-from flatten import flatten_blocks
+from flatten import flatten_blocks, merges_for_ratio
 from prune import prune_block
 
 
@@ -27,12 +31,22 @@ class Shape:
         self.config = shape_config(name)
 
 
+@torch.inference_mode()
+def look(runner: Runner, weights: Weights, xs: Tensor) -> None:
+    """What the measuring pass does for one block: run it and compare its input with another stream."""
+    block, ys = runner.block(weights), torch.empty_like(xs)
+    for rows in batches(xs):
+        ys[rows] = observe(block, xs[rows].to(runner.device), runner.rope)[0]
+        cosine_sums([xs[rows], ys[rows]])
+
+
 def main() -> None:
     parser = console.parser("Time the fit of one pair of blocks, next to the paper's pruning.", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama", help="default %(default)s")
     parser.add_argument("--samples", type=int, default=16, help="windows of random streams (default %(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a window (default %(default)s)")
-    parser.add_argument("--only", choices=("paper", "refit"), help="one of the two only")
+    parser.add_argument("--ratio", type=float, default=0.2, help="fraction of all parameters to remove (default 0.2)")
+    parser.add_argument("--only", choices=("paper", "refit"), help="only this, of a pair")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     args = parser.parse_args()
@@ -44,8 +58,11 @@ def main() -> None:
                 for name, size in config.block_shapes().items()} for _ in range(2)]
     runner = Runner(shape, args.length, args.device, dtype)
     streams = torch.randn(args.samples, args.length, config.hidden_size, generator=g).to(dtype)
-    works = {"paper": lambda: prune_block(flatten_blocks(members), streams.clone(), runner, 10.0),
+    works = {"measure": lambda: look(runner, members[0], streams),
+             "run": lambda: runner.run_block(members[0], streams.clone()),
+             "paper": lambda: prune_block(flatten_blocks(members), streams.clone(), runner, 10.0),
              "refit": lambda: refit_block(members, streams.clone(), streams.clone(), runner)}
+    labels = {"measure": "measure a block", "run": "run a block", "paper": "prune a pair", "refit": "fit a pair"}
     spent = {}
     for name, work in works.items():
         if args.only in (None, name):
@@ -53,10 +70,15 @@ def main() -> None:
             work()
             spent[name] = time.perf_counter() - start
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(f"{args.shape}, a pair of blocks, {args.samples} x {args.length} tokens, {name}: {spent[name]:.1f} s, "
+            print(f"{args.shape}, {args.samples} x {args.length} tokens, {labels[name]}: {spent[name]:.1f} s, "
                   f"largest memory of the process so far {peak:.1f} GiB", flush=True)
-    if len(spent) == 2:
-        print(f"refit / paper: {spent['refit'] / spent['paper']:.2f}")
+    if args.only is None:
+        L = config.num_hidden_layers
+        pairs = merges_for_ratio(config, args.ratio, 2)
+        whole = {name: L * spent["measure"] + (L - 2 * pairs) * passes * spent["run"] + pairs * spent[name]
+                 for name, passes in (("paper", 1), ("refit", 2))}
+        print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}\n{L} blocks, {pairs} pairs: paper "
+              f"{whole['paper']:.0f} s, refit {whole['refit']:.0f} s, refit / paper: {whole['refit'] / whole['paper']:.2f}")
 
 
 if __name__ == "__main__":

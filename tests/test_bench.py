@@ -30,6 +30,8 @@ def test_speed_refuses_in_one_line(options, message, cli, monkeypatch):
 
 
 def test_the_fit_of_a_pair_is_timed_next_to_the_papers_pruning(monkeypatch, cli):
-    monkeypatch.setitem(speed.SHAPES, "tinyllama", (32, 48, 4, 4, 2, 100))
+    monkeypatch.setitem(speed.SHAPES, "tinyllama", (32, 48, 6, 4, 2, 100))
     code, out, err = cli(refit.main, "--samples", 2, "--length", 16)
-    assert (code, err) == (0, "") and "refit / paper: " in out and out.count("a pair of blocks") == 2
+    assert (code, err) == (0, "") and "6 blocks, 2 pairs" in out and out.count("refit / paper: ") == 2
+    code, out, err = cli(refit.main, "--samples", 2, "--length", 16, "--only", "refit")
+    assert (code, err) == (0, "") and out.count("\n") == 1 and "fit a pair" in out

@@ -111,7 +111,8 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
               dtype: str | None = None) -> None:
     """Print accuracy and loss of each checkpoint on each task, and the papers' average if its tasks are there.
 
-    With standard errors. tasks is a list with commas. ValueError for a task that is not known or whose file is not in the folder.
+    With standard errors. tasks is a list with commas. ValueError for a task that is not known or whose file is not in the
+    folder.
     """
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if unknown := [name for name in names if name not in TASKS]:
