@@ -55,8 +55,8 @@ V_PROJ, O_PROJ, UP_PROJ, DOWN_PROJ = ("self_attn.v_proj.weight", "self_attn.o_pr
 
 
 def few(xs: Tensor) -> Tensor:
-    """At most about FEW of the windows of xs (N, T, ...), evenly spread; all if there are not so many."""
-    return xs[::max(1, len(xs) // FEW)]
+    """At most FEW of the windows of xs (N, T, ...), evenly spread; all if there are not more."""
+    return xs[::-(-len(xs) // FEW)]
 
 
 def read_through(block: Weights, names: tuple[str, ...], M: Tensor) -> Weights:
@@ -66,8 +66,7 @@ def read_through(block: Weights, names: tuple[str, ...], M: Tensor) -> Weights:
 
 def align(members: list[Weights], norm_name: str, xs: Tensor, own: list[Tensor], norm: RMSNorm, runner: Runner,
           ridge: float) -> list[Weights]:
-    """The members with what reads this norm aligned: from the stream xs that they share to a few windows of the
-    one that each had."""
+    """The members with what reads this norm aligned: from the stream xs that they share to the few windows each had."""
     G, *cross = mean_products(runner, [few(xs), *own], lambda u, *x: [(n := norm(u), n), *((n, norm(each)) for each in x)])
     factor = ridged(G, ridge)
     return [read_through(member, READS[norm_name], alignment(G, product, factor))

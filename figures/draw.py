@@ -101,7 +101,8 @@ def beyond(path: Path) -> None:
         arrow(ax, (target, 2.1), (x - 0.4, 0.75))
         ax.text(x - 0.3, 1.3, label, ha="left", va="center", fontsize=8, color="#555555")
     arrow(ax, (6.2, 2.1), (6.2, 0.55))
-    ax.text(6.35, 1.3, "fit: o_proj and down_proj\nbring y' to y", ha="left", va="center", fontsize=8, color="#555555")
+    ax.text(6.35, 1.3, "fit: o_proj and down_proj,\nv_proj and up_proj\nbring y' to y", ha="left", va="center", fontsize=8,
+            color="#555555")
     ax.set_xlim(-1.8, 8.8)
     ax.set_ylim(-0.1, 2.75)
     ax.axis("off")
