@@ -137,17 +137,17 @@ def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, k
     With the stream of the dense model, which passes through the members, the block is fitted to that (beyond/refit.py).
     ValueError, naming `where`, if anything becomes NaN or infinite.
     """
-    wide = flatten_blocks(members)
     if len(members) == 1:
         for stream in (xs,) if dense is None or dense is xs else (xs, dense):
-            runner.run_block(wide, stream)
-        return wide, {}
-    check_finite(wide, where)
+            runner.run_block(members[0], stream)
+        return members[0], {}
     start = probe(xs)
     if dense is not None:
         from beyond.refit import refit_block  # here, because it calls this file's functions
         weights, found = refit_block(members, xs, dense, runner, where, ridge)
         return weights, found | {"error_refit": relative_error(xs[:len(start)], dense[:len(start)], start)}
+    wide = flatten_blocks(members)
+    check_finite(wide, where)
     target = through(members, start, runner)
     found = {"error_flattened": relative_error(through([wide], start, runner), target, start)}
     if keep_wide:
@@ -167,7 +167,7 @@ def groups_by_damage(source: Checkpoint, tokens: Tensor, runner: Runner, args: a
         if args.refit:
             return refit.refit_block(members, xs, dense, runner, where, args.ridge, refit.QUICK)[0]
         return prune_block(flatten_blocks(members), xs, runner, args.ridge, where=where)[0]
-    found = grouping.damages(source, tokens, runner, make, max_group)
+    found = grouping.damages(source, tokens, runner, make, merges, max_group)
     return grouping.least_damage(found, source.config.num_hidden_layers, merges)
 
 

@@ -50,10 +50,10 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE, by_
     """Every merged block fitted to the dense model's streams (beyond/refit.py), with groups by similarity or by damage."""
     runner = text.runner
 
-    def make(members: list[Weights], xs: Tensor, dense: Tensor, parts: tuple[str, ...] = QUICK) -> Weights:
-        return refit_block(members, xs, dense, runner, ridge=ridge, parts=parts)[0]
+    def trial(members: list[Weights], xs: Tensor, dense: Tensor) -> Weights:
+        return refit_block(members, xs, dense, runner, ridge=ridge, parts=QUICK)[0]
     if by_damage:
-        groups = least_damage(damages(network, text.tokens, runner, make), len(network.blocks), n)
+        groups = least_damage(damages(network, text.tokens, runner, trial, n), len(network.blocks), n)
         text.passes += 3
     else:
         groups = groups_of(network, n, text)
@@ -67,7 +67,7 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE, by_
             blocks += members
         else:
             dense = xs.clone() if dense is xs else dense
-            blocks.append(make(members, xs, dense, parts))
+            blocks.append(refit_block(members, xs, dense, runner, ridge=ridge, parts=parts)[0])
     text.passes += 2
     return network.with_blocks(blocks)
 

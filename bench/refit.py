@@ -36,8 +36,10 @@ def look(runner: Runner, weights: Weights, xs: Tensor) -> None:
     """What the measuring pass does for one block: run it and compare its input with another stream."""
     block, ys = runner.block(weights), torch.empty_like(xs)
     for rows in batches(xs):
-        ys[rows] = observe(block, xs[rows].to(runner.device), runner.rope)[0]
-        cosine_sums([xs[rows], ys[rows]])
+        x = xs[rows].to(runner.device)
+        y, _ = observe(block, x, runner.rope)
+        ys[rows] = y.to(ys.device)
+        cosine_sums([x, y])
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     if args.samples < 1 or args.length < 2:
         raise ValueError("--samples must be at least 1 and --length at least 2")
     shape, dtype = Shape(args.shape), compute_dtype(args.dtype, args.device, torch.float32)
-    config, g = shape.config, torch.Generator().manual_seed(0)
+    pairs, config, g = merges_for_ratio(shape.config, args.ratio, 2), shape.config, torch.Generator().manual_seed(0)
     members = [{name: torch.ones(size) if "norm" in name else torch.randn(size, generator=g) * 0.02
                 for name, size in config.block_shapes().items()} for _ in range(2)]
     runner = Runner(shape, args.length, args.device, dtype)
@@ -74,7 +76,6 @@ def main() -> None:
                   f"largest memory of the process so far {peak:.1f} GiB", flush=True)
     if args.only is None:
         L = config.num_hidden_layers
-        pairs = merges_for_ratio(config, args.ratio, 2)
         whole = {name: L * spent["measure"] + (L - 2 * pairs) * passes * spent["run"] + pairs * spent[name]
                  for name, passes in (("paper", 1), ("refit", 2))}
         print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}\n{L} blocks, {pairs} pairs: paper "

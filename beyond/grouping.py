@@ -38,24 +38,26 @@ def split(tokens: Tensor, L: int) -> tuple[Tensor, Tensor]:
     return tokens[::BUILD], rest[::max(1, min(L * len(rest) // len(tokens), len(rest)))]
 
 
-def candidates(found: dict[tuple[int, int], float], L: int, size: int) -> list[tuple[int, int]]:
+def candidates(found: dict[tuple[int, int], float], L: int, size: int, merges: int) -> list[tuple[int, int]]:
     """Which groups of so many blocks to try, as (first, last) in order: all pairs; of longer ones the promising half.
 
-    Those are the ones whose two parts of one block less, tried before, did least damage together.
+    Those are the ones whose two parts of one block less, tried before, did least damage together. All, if pairs cannot
+    make so many merges.
     """
     groups = [(i, i + size - 1) for i in range(L - size + 1)]
-    if size == 2:
+    if size == 2 or merges > L // 2:
         return groups
     hopes = {(i, j): found[i, j - 1] + found[i + 1, j] for i, j in groups if {(i, j - 1), (i + 1, j)} <= found.keys()}
     return sorted(sorted(hopes, key=hopes.get)[:-(-len(groups) // 2)])
 
 
 def damages(source, tokens: Tensor, runner: Runner, make: Callable[[list[Weights], Tensor, Tensor], Weights],
-            largest: int = LARGEST) -> dict[tuple[int, int], float]:
+            merges: int, largest: int = LARGEST) -> dict[tuple[int, int], float]:
     """{(first, last): divergence of the model in which only these blocks have become one} for `candidates` up to `largest`.
 
     make(members, xs, dense) is the merge; both streams are the dense model's. It sees one calibration window in BUILD, the
-    comparison about one in L of the others: together less than three passes of all windows, whatever the depth.
+    comparison about one in L of the others: together less than three passes of all windows, however deep the model, if
+    there are more windows than blocks.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     for_build, for_judge = split(tokens, L)
@@ -65,7 +67,7 @@ def damages(source, tokens: Tensor, runner: Runner, make: Callable[[list[Weights
         runner.run_block(source.block(i), judge[-1])
     logits_of, found = readout(outer, runner), {}
     for size in range(2, largest + 1):
-        build, at, trials = embed(outer, for_build, runner.dtype), 0, candidates(found, L, size)
+        build, at, trials = embed(outer, for_build, runner.dtype), 0, candidates(found, L, size, merges)
         for i, j in progress(trials, f"try merges of {size}", len(trials)):
             for k in range(at, i):
                 runner.run_block(source.block(k), build)

@@ -12,8 +12,9 @@ model's streams travel beside the compressed ones, and a merged block is fitted 
                gate fixed a channel is linear in up_proj                                                    new_values
 4.             and o_proj (down_proj) is fitted to them once more                                           fit
 
-N is the norm without its weight, which has been absorbed. All problems are least squares (beyond/regression.py); 1, 2 and 4
-are solved exactly, 3 by a few conjugate gradients. No parameter is added. flatten.py --refit runs this.
+N is the norm without its weight, which has been absorbed. All problems are least squares (beyond/regression.py), solved
+exactly but for 3, which takes a few conjugate gradients. Elimination is greedy. No parameter is added. flatten.py --refit
+runs this.
 """
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ from beyond.regression import (
 from calibrate import Runner, batches, check_finite, sum_dtype
 from checkpoint.reader import Weights
 from flatten import READS, flatten_blocks, fold_norms
-from model import MLP, Attention, RMSNorm
+from model import MLP, Attention, Block, RMSNorm, move
 from prune import (
     best,
     by_member,
@@ -55,13 +56,14 @@ V_PROJ, O_PROJ, UP_PROJ, DOWN_PROJ = ("self_attn.v_proj.weight", "self_attn.o_pr
 
 
 def few(xs: Tensor) -> Tensor:
-    """At most FEW of the windows of xs (N, T, ...), evenly spread; all if there are not more."""
-    return xs[::-(-len(xs) // FEW)]
+    """A copy of FEW of the windows of xs (N, T, ...), evenly spread; of all if there are not more."""
+    n = min(FEW, len(xs))
+    return xs[[i * len(xs) // n for i in range(n)]]
 
 
 def read_through(block: Weights, names: tuple[str, ...], M: Tensor) -> Weights:
     """The block with the named projections (out, C) reading n M where they read n; biases come later and stay."""
-    return block | {name: (block[name].double() @ M.to(block[name].device).T).to(block[name].dtype) for name in names}
+    return block | {name: (block[name].to(M.device).double() @ M.T).to(block[name]) for name in names}
 
 
 def align(members: list[Weights], norm_name: str, xs: Tensor, own: list[Tensor], norm: RMSNorm, runner: Runner,
@@ -112,16 +114,19 @@ def new_values(proj: torch.nn.Linear, xs: Tensor, target: Tensor, norm: RMSNorm,
                ridge: float, steps: int = VALUE_STEPS) -> Tensor:
     """A weight (out, C) for proj (v_proj or up_proj) with a smaller E|mix(proj(n)) - t|^2; (mix, unmix) = mixer(n).
 
-    n = norm(x); x and t are the streams xs and target (N, T, C). Steps are taken in n whitened by E[n^T n].
+    n = norm(x); x and t are the streams xs and target (N, T, C). Steps are taken in n whitened by E[n^T n]. proj, norm and
+    mixer compute in float32 at least: differences of patterns do not survive less.
     """
+    dtype = sum_dtype(runner.dtype)
+
     def start(u: Tensor, t: Tensor) -> list:
-        mix, unmix = mixer(n := norm(u))
-        return [(unmix((t - mix(proj(n))).to(n.dtype)), n), (n, n)]
+        mix, unmix = mixer(n := norm(u.to(dtype)))
+        return [(unmix(t - mix(proj(n))), n), (n, n)]
 
     def curvature(D: Tensor) -> Tensor:
         def products(u: Tensor) -> list:
-            mix, unmix = mixer(n := norm(u))
-            return [(unmix(mix(n @ D.T.to(n.dtype))), n)]
+            mix, unmix = mixer(n := norm(u.to(dtype)))
+            return [(unmix(mix(n @ D.T.to(dtype))), n)]
         return mean_products(runner, [xs], products)[0]
     slope, G = mean_products(runner, [xs, target], start)
     factor = ridged(G, ridge)
@@ -134,63 +139,76 @@ def stored(V: Tensor, like: Tensor) -> Tensor:
     return V.T.to(like.device, like.dtype).contiguous()
 
 
-def refit_attention(wide: Weights, xs: Tensor, target: Tensor, norm: RMSNorm, runner: Runner, where: str, ridge: float,
+def precise(weights: Weights, runner: Runner) -> Block:
+    """The block on the device, in float32 at least."""
+    return Block(move(weights, runner.device, sum_dtype(runner.dtype)), runner.config)
+
+
+def refit_attention(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: str, ridge: float,
                     parts: tuple[str, ...]) -> tuple[Weights, Tensor]:
     """(the wide block with as many heads as an ordinary one, fitted to what target (N, T, C) adds to xs; its KV heads)."""
     config = runner.config
 
-    def products(attention: Attention, *streams: Tensor) -> list[Tensor]:
-        return mean_products(runner, streams, lambda u, t: [(z := attention.heads(norm(u), runner.rope), z), (z, t)])
-    W, keep = wide[O_PROJ].double().T.to(runner.device), config.num_key_value_heads
+    def heads_of(block: Block, u: Tensor) -> Tensor:
+        return block.self_attn.heads(block.input_layernorm(u), runner.rope)
+
+    def products(block: Block, *streams: Tensor) -> list[Tensor]:
+        found = mean_products(runner, streams, lambda u, t: [(z := heads_of(block, u), z), (z, t)])
+        check_finite({"the head statistics": found[0]}, where)
+        return found
+    W, keep, block = wide[O_PROJ].double().T.to(runner.device), config.num_key_value_heads, runner.block(wide)
     size = config.num_attention_heads // keep * config.head_dim
     if "eliminate" in parts:
-        A, B = products(runner.block(wide).self_attn, few(xs), few(target))
-        check_finite({"the head statistics": A}, where)
+        A, B = products(block, few(xs), few(target))
         factor = ridged(A, ridge)
         W = fit(W, A, B, factor)
         heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, config.qk_norm)
     else:
-        attention = runner.block(wide).self_attn
-        squares = mean_squares(runner, few(xs), lambda u: attention.heads(norm(u), runner.rope))
+        squares = mean_squares(runner, few(xs), lambda u: heads_of(block, u))
         check_finite({"the head statistics": squares}, where)
         heads = keep_kv_heads(head_importance(squares.sqrt(), W.T, len(W) // size).cpu(), config)
     W = W[channels_of(heads, size).to(W.device)]
     weights = prune_attention(wide, heads, config) | {O_PROJ: stored(W, wide[O_PROJ])}
     if "values" in parts:
-        attention = runner.block(weights).self_attn
-        V = new_values(attention.v_proj, few(xs), few(target), norm, lambda n: mix_heads(attention, n, runner.rope), runner,
-                       ridge)
+        block = precise(weights, runner)
+        V = new_values(block.self_attn.v_proj, few(xs), few(target), block.input_layernorm,
+                       lambda n: mix_heads(block.self_attn, n, runner.rope), runner, ridge)
         weights[V_PROJ] = stored(V.T, wide[V_PROJ])
-    A, B = products(runner.block(weights).self_attn, xs, target)
+    A, B = products(runner.block(weights), xs, target)
     weights[O_PROJ] = stored(fit(W, A, B, ridged(A, ridge)), wide[O_PROJ])
     check_finite(weights, where)
     return weights, heads
 
 
-def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, norm: RMSNorm, runner: Runner, where: str, ridge: float,
+def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: str, ridge: float,
               parts: tuple[str, ...]) -> tuple[Weights, Tensor]:
     """(the block with as many channels as an ordinary one, fitted to what target (N, T, C) adds to xs; its channels)."""
-    def products(mlp: MLP, *streams: Tensor) -> list[Tensor]:
-        return mean_products(runner, streams, lambda u, t: [(psi := mlp.channels(norm(u)), psi), (psi, t)])
-    W, keep = wide[DOWN_PROJ].double().T.to(runner.device), runner.config.intermediate_size
+    def channels_at(block: Block, u: Tensor) -> Tensor:
+        return block.mlp.channels(block.post_attention_layernorm(u))
+
+    def products(block: Block, *streams: Tensor) -> list[Tensor]:
+        found = mean_products(runner, streams, lambda u, t: [(psi := channels_at(block, u), psi), (psi, t)])
+        check_finite({"the channel statistics": found[0]}, where)
+        return found
+    W, keep, block = wide[DOWN_PROJ].double().T.to(runner.device), runner.config.intermediate_size, runner.block(wide)
     if "eliminate" in parts:
-        C, B = products(runner.block(wide).mlp, few(xs), few(target))
-        check_finite({"the channel statistics": C}, where)
+        C, B = products(block, few(xs), few(target))
         factor = ridged(C, ridge)
-        W = fit(W, C, B, factor)
-        channels = eliminate(W, torch.cholesky_inverse(factor), keep)
+        W, P = fit(W, C, B, factor), torch.cholesky_inverse(factor)
+        del C, factor  # large: of four such matrices only P is needed on
+        channels = eliminate(W, P, keep)
     else:
-        mlp = runner.block(wide).mlp
-        squares = mean_squares(runner, few(xs), lambda u: mlp.channels(norm(u)))
+        squares = mean_squares(runner, few(xs), lambda u: channels_at(block, u))
         check_finite({"the channel statistics": squares}, where)
         channels = best(squares.sqrt() * W.norm(dim=1), keep)
     W = W[channels]
     weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
     if "values" in parts:
-        mlp = runner.block(weights).mlp
-        V = new_values(mlp.up_proj, few(xs), few(target), norm, lambda n: mix_channels(mlp, n), runner, ridge)
+        block = precise(weights, runner)
+        V = new_values(block.mlp.up_proj, few(xs), few(target), block.post_attention_layernorm,
+                       lambda n: mix_channels(block.mlp, n), runner, ridge)
         weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
-    C, B = products(runner.block(weights).mlp, xs, target)
+    C, B = products(runner.block(weights), xs, target)
     weights[DOWN_PROJ] = stored(fit(W, C, B, ridged(C, ridge)), wide[DOWN_PROJ])
     check_finite(weights, where)
     return weights, channels.cpu()
@@ -221,9 +239,9 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     inputs, middles = [], []  # a few windows of what each member read in the dense model
     target = dense.to(sum_dtype(runner.dtype)) - xs  # what xs lacks of the dense stream, and what attention adds to that
     for member in members:
-        inputs.append(few(dense).clone())
+        inputs.append(few(dense))
         attend_and_add(member, dense, target, runner)
-        middles.append(few(dense).clone())
+        middles.append(few(dense))
         runner.feed(member, dense)
     members = [fold_norms(member) for member in members]
 
@@ -232,10 +250,9 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     del inputs
     wide = flatten_blocks(members)
     if "dense" not in parts:
-        attention = runner.block(wide).self_attn
-        target = xs.clone()
-        runner.update(target, lambda u: attention(norm(u), runner.rope))
-    weights, heads = refit_attention(wide, xs, target, norm, runner, where, ridge, parts)
+        target, block = xs.clone(), runner.block(wide)
+        runner.update(target, lambda u: block.attend(u, runner.rope))
+    weights, heads = refit_attention(wide, xs, target, runner, where, ridge, parts)
     runner.attend(weights, xs)
 
     if "align" in parts:
@@ -243,10 +260,9 @@ def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runne
     wide = weights | {name: tensor for name, tensor in flatten_blocks(members).items() if name.startswith("mlp.")}
     target = dense.to(sum_dtype(runner.dtype)) - xs
     if "dense" not in parts:
-        mlp = runner.block(wide).mlp
-        target = xs.clone()
-        runner.update(target, lambda u: mlp(norm(u)))
-    weights, channels = refit_mlp(wide, xs, target, norm, runner, where, ridge, parts)
+        target, block = xs.clone(), runner.block(wide)
+        runner.update(target, block.feed)
+    weights, channels = refit_mlp(wide, xs, target, runner, where, ridge, parts)
     runner.feed(weights, xs)
     return weights, {"kv_heads": by_member(heads, config.num_key_value_heads, width),
-                     "channels": by_member(channels, config.intermediate_size, width), "ridge": ridge}
+                     "channels": by_member(channels, config.intermediate_size, width)}

@@ -38,12 +38,13 @@ def mean_products(runner: Runner, streams: list[Tensor], pairs_of: Callable) -> 
 
 def mean_squares(runner: Runner, xs: Tensor, features_of: Callable) -> Tensor:
     """Mean over tokens of z^2, (n,), for the features z (..., n) that features_of makes of a batch of xs."""
-    return mean_products(runner, [xs], lambda u: [(torch.ones_like(u[..., :1]), features_of(u).square())])[0][0]
+    dtype = sum_dtype(runner.dtype)
+    return mean_products(runner, [xs], lambda u: [(torch.ones_like(u[..., :1]), features_of(u).to(dtype).square())])[0][0]
 
 
 def ridged(A: Tensor, multiple: float = RIDGE) -> Tensor:
-    """The Cholesky factor of A + ridge I, with a ridge of so many mean eigenvalues of A (n, n)."""
-    return regularized_cholesky(A, absolute_ridge(A, multiple))
+    """The Cholesky factor of A + ridge I, with a ridge of so many mean eigenvalues of A (n, n); of I if A is zero."""
+    return regularized_cholesky(A, absolute_ridge(A, multiple) or 1.0)
 
 
 def fit(W: Tensor, A: Tensor, B: Tensor, factor: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def eliminate(V: Tensor, P: Tensor, keep: int, steps: int = STEPS) -> Tensor:
     one row are the exact rule.
     """
     alive = torch.ones(len(V), dtype=torch.bool, device=V.device)
-    batch = -(-(len(V) - keep) // steps) if keep < len(V) else 1
+    batch = -(-(len(V) - keep) // steps)
     while (excess := int(alive.sum()) - keep) > 0:
         batch = min(batch, excess)
         cost = V.square().sum(1) / P.diagonal()
@@ -127,10 +128,10 @@ def conjugate_gradients(slope: Tensor, curvature: Callable[[Tensor], Tensor], pr
     for _ in range(steps):
         step = precondition(left)
         size = float((left * step).sum())
-        if size <= 0:  # there already
-            break
         direction = step + size / before * direction
         bent = curvature(direction)
-        length = size / float((direction * bent).sum())
+        if not (size > 0 and (bend := float((direction * bent).sum())) > 0):  # there already, or beyond what digits can tell
+            break
+        length = size / bend
         D, left, before = D + length * direction, left - length * bent, size
     return D
