@@ -3,9 +3,9 @@
 The fit runs the members beside the merged block and eliminates channels in float64, which takes about 2 n^3 flops and three
 matrices of n^2 for the n = 2 F channels of a pair, however much text there is. So its share falls with more text. The whole
 run at --ratio is put together from the parts: both measure every block once and pass every other block once more, --refit
-twice (as if the first pair stood at the start; streams are one until then).
+twice behind the first pair, where the dense stream is another. So it is given for pairs at the end and at the start.
 
-    python -m bench.refit --shape tinyllama --samples 128 --length 256
+    python -m bench.refit --shape tinyllama --samples 128 --length 1024
     python -m bench.refit --shape llama-2-7b --samples 1 --length 512 --only refit       does it fit into this memory?
 """
 import resource
@@ -76,10 +76,11 @@ def main() -> None:
                   f"largest memory of the process so far {peak:.1f} GiB", flush=True)
     if args.only is None:
         L = config.num_hidden_layers
-        whole = {name: L * spent["measure"] + (L - 2 * pairs) * passes * spent["run"] + pairs * spent[name]
-                 for name, passes in (("paper", 1), ("refit", 2))}
-        print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}\n{L} blocks, {pairs} pairs: paper "
-              f"{whole['paper']:.0f} s, refit {whole['refit']:.0f} s, refit / paper: {whole['refit'] / whole['paper']:.2f}")
+        paper, last, first = (L * spent["measure"] + (L - 2 * pairs) * passes * spent["run"] + pairs * spent[name]
+                              for name, passes in (("paper", 1), ("refit", 1), ("refit", 2)))
+        print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}\n{L} blocks, {pairs} pairs: paper {paper:.0f} s, "
+              f"refit {last:.0f} to {first:.0f} s, refit / paper: {last / paper:.2f} to {first / paper:.2f} (pairs at the end, "
+              "at the start)")
 
 
 if __name__ == "__main__":
