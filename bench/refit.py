@@ -78,9 +78,9 @@ def main() -> None:
         L = config.num_hidden_layers
         paper, last, first = (L * spent["measure"] + (L - 2 * pairs) * passes * spent["run"] + pairs * spent[name]
                               for name, passes in (("paper", 1), ("refit", 1), ("refit", 2)))
-        print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}\n{L} blocks, {pairs} pairs: paper {paper:.0f} s, "
-              f"refit {last:.0f} to {first:.0f} s, refit / paper: {last / paper:.2f} to {first / paper:.2f} (pairs at the end, "
-              "at the start)")
+        print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}")
+        print(f"{L} blocks, {pairs} pairs: paper {paper:.0f} s, refit {last:.0f} to {first:.0f} s, refit / paper: "
+              f"{last / paper:.2f} to {first / paper:.2f} (pairs at the end, at the start)")
 
 
 if __name__ == "__main__":
