@@ -193,7 +193,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ckpt", help="checkpoint folder: config.json, *.safetensors, tokenizer (default: a tour of the "
                                        "method on the bundled checkpoint)")
     parser.add_argument("--ratio", type=float, default=0.2, help="fraction of all parameters to remove (default 0.2)")
-    parser.add_argument("--out", type=Path, help="result (default out/NAME-flat-RATIO)")
+    parser.add_argument("--out", type=Path, help="result (default out/NAME-flat-RATIO, or -refit-, -wide-)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     parser.add_argument("--refit", action="store_true", help="fit each merged block to the dense model's streams")
     parser.add_argument("--group-by", choices=("similarity", "damage"), default="similarity",
@@ -227,7 +227,8 @@ def main() -> None:
         from beyond.grouping import LARGEST
         max_group = min(max_group, LARGEST)
     merges = merges_for_ratio(config, args.ratio, max_group)
-    out = args.out or Path("out") / f"{source.path.resolve().name}-{'wide' if args.keep_wide else 'flat'}-{args.ratio}"
+    kind = "wide" if args.keep_wide else "refit" if args.refit else "flat"
+    out = args.out or Path("out") / f"{source.path.resolve().name}-{kind}-{args.ratio}"
     judged = None if args.no_eval else held_out_text(args.data)
     if judged:  # now, not after hours
         windows_of(torch.tensor(load_tokenizer(source.path).encode(judged[0])), args.length)
