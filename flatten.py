@@ -225,6 +225,8 @@ def main() -> None:
     config, max_group = source.config, args.max_group or source.config.num_hidden_layers
     if args.group_by == "damage":
         from beyond.grouping import LARGEST
+        if args.max_group is not None and args.max_group > LARGEST:
+            raise ValueError(f"--group-by damage tries groups of at most {LARGEST}; got --max-group {args.max_group}")
         max_group = min(max_group, LARGEST)
     merges = merges_for_ratio(config, args.ratio, max_group)
     kind = "wide" if args.keep_wide else "refit" if args.refit else "flat"

@@ -345,6 +345,11 @@ def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_f
     assert Checkpoint(tmp_path / "a").config.parameters() < Checkpoint(ckpt).config.parameters()
 
 
+def test_groups_by_damage_are_at_most_three(ckpt, cli):
+    code, _, err = cli(flatten.main, "--ckpt", ckpt, "--group-by", "damage", "--max-group", 4)
+    assert code == 2 and "at most 3" in err and err.count("\n") == 1
+
+
 def test_refit_and_keep_wide_exclude_each_other(ckpt, cli):
     code, _, err = cli(flatten.main, "--ckpt", ckpt, "--refit", "--keep-wide")
     assert code == 2 and "--keep-wide" in err and err.count("\n") == 1

@@ -117,8 +117,10 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"--tasks: unknown {', '.join(map(repr, unknown))}; there are {','.join(TASKS)}")
-    if folder is None or (limit is not None and limit < 1):
-        raise ValueError("--tasks needs --data, the folder with the tasks' files; and --limit must be at least 1")
+    if folder is None:
+        raise ValueError("--tasks needs --data, the folder with the tasks' files")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1; got {limit}")
     questions = {name: items(name, Path(folder))[:limit] for name in names}
     print("zero-shot, log-likelihood of the choices, worded and split as in lm-evaluation-harness; no BOS"
           + (f"; SUBSET: the first {limit} questions of each task only" if limit else ""))
