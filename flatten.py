@@ -249,6 +249,9 @@ def main() -> None:
             if dense is xs and len(members) > 1:
                 dense = xs.clone()
             weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, f"blocks {group['blocks']}", dense)
+            merges -= len(members) - 1
+            if merges == 0:                                    # nothing reads the streams any more
+                xs, dense = xs[:0], None
             writer.add(weights)
             if found:
                 group |= found

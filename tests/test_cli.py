@@ -220,6 +220,22 @@ def test_two_passes_over_the_text_and_one_block_in_memory(tmp_path, run, monkeyp
     assert max(alive) <= 2  # the one that runs, and the one before it until its name is taken
 
 
+@pytest.mark.parametrize("options", [[], ["--refit"], ["--keep-wide"]])
+def test_streams_end_with_the_last_joined_blocks(tmp_path, run, monkeypatch, options):
+    """Blocks behind them are copied: nothing would read what they make of the text."""
+    path = tiny.checkpoint(tmp_path / "m", num_hidden_layers=5)
+    monkeypatch.setattr(flatten, "select_groups", lambda S, merges, max_group: [[0], [1, 2], [3], [4]])
+    seen, run_block = [], flatten.Runner.run_block
+
+    def record(runner, weights, xs):
+        seen.append(len(xs))
+        run_block(runner, weights, xs)
+    monkeypatch.setattr(flatten.Runner, "run_block", record)
+    run(flatten.main, "--ckpt", path, "--ratio", 0.1, "--out", tmp_path / "out", *SHORT, *options)
+    assert seen[0] == 8 and seen[-2:] == [0, 0] and seen.count(0) == 2
+    assert len(Checkpoint(tmp_path / "out").config.widths) == 4
+
+
 def test_a_text_too_short_to_judge_on_is_noticed_before_the_work(tmp_path, ckpt, cli, text_file, monkeypatch):
     monkeypatch.setattr(flatten, "measure", lambda *args: pytest.fail("worked"))
     code, _, err = cli(flatten.main, "--ckpt", ckpt, "--data", text_file, "--out", tmp_path / "out", "--samples", 1,
