@@ -7,7 +7,8 @@ model's streams travel beside the compressed ones, and a merged block is fitted 
 1. align       each member's projections read N(u) through the linear map that best makes N(x_l) of it      alignment
 2. eliminate   o_proj (down_proj) is fitted to what the dense model's attention (the whole group) adds, and
                to what the stream lacks already; heads (channels) go, each time the one that the others
-               can best stand in for when they are fitted again                                             fit, eliminate
+               can best stand in for when they are fitted again; of channels, those that write least
+               have gone before that, down to half again as many as stay                                    fit, eliminate
 3. values      those that stay get new values: with its pattern fixed a head is linear in v_proj, with its
                gate fixed a channel is linear in up_proj                                                    new_values
 4.             and o_proj (down_proj) is fitted to them once more                                           fit
@@ -50,7 +51,8 @@ from prune import (
 PARTS = ("align", "eliminate", "values", "dense")
 QUICK = ("align", "dense")  # enough to find out which blocks to merge
 FEW = 32         # windows of calibration text are enough to choose by; only the last fit of a projection sees all
-VALUE_STEPS = 3  # conjugate gradients for new values
+SHORTLIST = 1.5  # times as many channels as stay are compared in full; those that write less go at once
+VALUE_STEPS = 2  # conjugate gradients for new values
 V_PROJ, O_PROJ, UP_PROJ, DOWN_PROJ = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight",
                                       "mlp.down_proj.weight")
 
@@ -70,8 +72,8 @@ def align(members: list[Weights], norm_name: str, xs: Tensor, own: list[Tensor],
           ridge: float) -> list[Weights]:
     """The members with what reads this norm aligned: from the stream xs that they share to the few windows each had."""
     G, *cross = mean_products(runner, [few(xs), *own], lambda u, *x: [(n := norm(u), n), *((n, norm(each)) for each in x)])
-    factor = ridged(G, ridge)
-    return [read_through(member, READS[norm_name], alignment(G, product, factor))
+    known = ridged(G, ridge)  # factor and ridge
+    return [read_through(member, READS[norm_name], alignment(product, *known))
             for member, product in zip(members, cross, strict=True)]
 
 
@@ -83,10 +85,11 @@ def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool) -> 
     return torch.arange(member * keep, (member + 1) * keep)
 
 
-def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Callable, Callable]:
-    """(mix, unmix): mix makes of values (B, T, KV*D) what attention adds (B, T, C), with the patterns that n causes; linear.
+def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Callable, Callable, Tensor]:
+    """(mix, unmix, overlaps): mix makes of values (B, T, KV*D) what attention adds (B, T, C), with the patterns n causes.
 
-    unmix is its adjoint: <mix(v), r> = <v, unmix(r)>. Holds the patterns, H T^2 numbers a window.
+    mix is linear, unmix its adjoint: <mix(v), r> = <v, unmix(r)>. overlaps (B, T, KV*k*k) are the products of the patterns
+    of the k heads that share values, summed over positions. Holds the patterns, H T^2 numbers a window.
     """
     q, k, _ = attention.project(n, rope)
     (B, KV, T, D), o_proj = k.shape, attention.o_proj.weight
@@ -101,37 +104,60 @@ def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> t
     def unmix(r: Tensor) -> Tensor:
         heads = (r @ o_proj).view(B, T, KV, -1, D).permute(0, 2, 3, 1, 4)
         return (pattern.transpose(-1, -2) @ heads).sum(2).transpose(1, 2).flatten(2)
-    return mix, unmix
+    by_token = pattern.permute(0, 3, 1, 2, 4)                                            # (B, T, KV, H/KV, T)
+    return mix, unmix, (by_token @ by_token.transpose(-1, -2)).flatten(2)
 
 
-def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable]:
-    """(mix, unmix) as mix_heads: from up_proj's outputs (B, T, F) to what the MLP adds, with the gates that n causes."""
+def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Tensor]:
+    """(mix, unmix, overlaps) as mix_heads: from up_proj's outputs (B, T, F) to what the MLP adds, with the gates n causes.
+
+    A channel shares its value with no other; overlaps (B, T, F) are the squares of the gates.
+    """
     gate, down_proj = F.silu(mlp.gate_proj(n)), mlp.down_proj.weight
-    return lambda v: (gate * v) @ down_proj.T, lambda r: gate * (r @ down_proj)
+    return lambda v: (gate * v) @ down_proj.T, lambda r: gate * (r @ down_proj), gate.square()
 
 
-def new_values(proj: torch.nn.Linear, xs: Tensor, target: Tensor, norm: RMSNorm, mixer: Callable, runner: Runner,
-               ridge: float, steps: int = VALUE_STEPS) -> Tensor:
-    """A weight (out, C) for proj (v_proj or up_proj) with a smaller E|mix(proj(n)) - t|^2; (mix, unmix) = mixer(n).
+def own_curvature(writes: Tensor, overlaps: Tensor, ridge: float) -> Tensor:
+    """Cholesky factors (U, d, d) of what errors in a unit's d values cost if they are independent at all positions; + ridge.
 
-    n = norm(x); x and t are the streams xs and target (N, T, C). Steps are taken in n whitened by E[n^T n]. proj, norm and
-    mixer compute in float32 at least: differences of patterns do not survive less.
+    A unit is a KV head, whose values k query heads hand on, or a channel (k = d = 1). writes (C, U*k*d) is o_proj or
+    down_proj, overlaps (U, k, k) the mean over tokens of what the mixer returns.
+    """
+    rows = writes.double().T.view(*overlaps.shape[:2], -1, len(writes))                    # (U, k, d, C)
+    curvature = torch.einsum("ukl,ukdc,ulec->ude", overlaps, rows, rows)
+    mean = float(curvature.diagonal(dim1=1, dim2=2).mean())
+    curvature.diagonal(dim1=1, dim2=2).add_(ridge * mean or 1.0)
+    return torch.linalg.cholesky(curvature)
+
+
+def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, target: Tensor, norm: RMSNorm, mixer: Callable,
+               runner: Runner, ridge: float, steps: int = VALUE_STEPS) -> Tensor:
+    """A weight (out, C) for proj (v_proj or up_proj) with a lower E|mix(proj(n)) - t|^2, (mix, unmix, overlaps) = mixer(n).
+
+    n = norm(x); x and t are the streams xs and target (N, T, C). `writes` (o_proj, down_proj) is what mix ends with. Steps
+    are taken in n whitened by E[n^T n] and in values whitened by own_curvature. All compute in float32 at least:
+    differences of patterns do not survive less.
     """
     dtype = sum_dtype(runner.dtype)
 
     def start(u: Tensor, t: Tensor) -> list:
-        mix, unmix = mixer(n := norm(u.to(dtype)))
-        return [(unmix(t - mix(proj(n))), n), (n, n)]
+        mix, unmix, overlaps = mixer(n := norm(u.to(dtype)))
+        return [(unmix(t - mix(proj(n))), n), (n, n), (torch.ones_like(n[..., :1]), overlaps)]
 
     def curvature(D: Tensor) -> Tensor:
         def products(u: Tensor) -> list:
-            mix, unmix = mixer(n := norm(u.to(dtype)))
+            mix, unmix, _ = mixer(n := norm(u.to(dtype)))
             return [(unmix(mix(n @ D.T.to(dtype))), n)]
         return mean_products(runner, [xs], products)[0]
-    slope, G = mean_products(runner, [xs, target], start)
-    factor = ridged(G, ridge)
-    change = conjugate_gradients(slope, curvature, lambda D: torch.cholesky_solve(D.T, factor).T, steps)
-    return proj.weight.detach().double() + change
+    slope, G, overlaps = mean_products(runner, [xs, target], start)
+    heads = writes.in_features // proj.out_features                                        # that share a value
+    values = own_curvature(writes.weight.detach(), overlaps[0].view(-1, heads, heads), ridge)
+    inputs, _ = ridged(G, ridge)
+
+    def precondition(D: Tensor) -> Tensor:
+        D = torch.cholesky_solve(D.view(*values.shape[:2], -1), values).flatten(0, 1)
+        return torch.cholesky_solve(D.T, inputs).T
+    return proj.weight.detach().double() + conjugate_gradients(slope, curvature, precondition, steps)
 
 
 def stored(V: Tensor, like: Tensor) -> Tensor:
@@ -160,8 +186,8 @@ def refit_attention(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, w
     size = config.num_attention_heads // keep * config.head_dim
     if "eliminate" in parts:
         A, B = products(block, few(xs), few(target))
-        factor = ridged(A, ridge)
-        W = fit(W, A, B, factor)
+        factor, pull = ridged(A, ridge)
+        W = fit(W, B, factor, pull)
         heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, config.qk_norm)
     else:
         squares = mean_squares(runner, few(xs), lambda u: heads_of(block, u))
@@ -171,11 +197,12 @@ def refit_attention(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, w
     weights = prune_attention(wide, heads, config) | {O_PROJ: stored(W, wide[O_PROJ])}
     if "values" in parts:
         block = precise(weights, runner)
-        V = new_values(block.self_attn.v_proj, few(xs), few(target), block.input_layernorm,
-                       lambda n: mix_heads(block.self_attn, n, runner.rope), runner, ridge)
+        attention = block.self_attn
+        V = new_values(attention.v_proj, attention.o_proj, few(xs), few(target), block.input_layernorm,
+                       lambda n: mix_heads(attention, n, runner.rope), runner, ridge)
         weights[V_PROJ] = stored(V.T, wide[V_PROJ])
     A, B = products(runner.block(weights), xs, target)
-    weights[O_PROJ] = stored(fit(W, A, B, ridged(A, ridge)), wide[O_PROJ])
+    weights[O_PROJ] = stored(fit(W, B, *ridged(A, ridge)), wide[O_PROJ])
     check_finite(weights, where)
     return weights, heads
 
@@ -191,25 +218,28 @@ def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: 
         check_finite({"the channel statistics": found[0]}, where)
         return found
     W, keep, block = wide[DOWN_PROJ].double().T.to(runner.device), runner.config.intermediate_size, runner.block(wide)
-    if "eliminate" in parts:
-        C, B = products(block, few(xs), few(target))
-        factor = ridged(C, ridge)
-        W, P = fit(W, C, B, factor), torch.cholesky_inverse(factor)
-        del C, factor  # large: of four such matrices only P is needed on
-        channels = eliminate(W, P, keep)
-    else:
-        squares = mean_squares(runner, few(xs), lambda u: channels_at(block, u))
-        check_finite({"the channel statistics": squares}, where)
-        channels = best(squares.sqrt() * W.norm(dim=1), keep)
+    squares = mean_squares(runner, few(xs), lambda u: channels_at(block, u))
+    check_finite({"the channel statistics": squares}, where)
+    compared = min(int(SHORTLIST * keep), len(W)) if "eliminate" in parts else keep
+    channels = best(squares.sqrt() * W.norm(dim=1), compared)
     W = W[channels]
     weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
+    if compared > keep:
+        C, B = products(runner.block(weights), few(xs), few(target))
+        factor, pull = ridged(C, ridge)
+        W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor)
+        del C, factor  # large: of three such matrices only P is needed on
+        stay = eliminate(W, P, keep)
+        W, channels = W[stay], channels[stay]
+        weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
     if "values" in parts:
         block = precise(weights, runner)
-        V = new_values(block.mlp.up_proj, few(xs), few(target), block.post_attention_layernorm,
-                       lambda n: mix_channels(block.mlp, n), runner, ridge)
+        mlp = block.mlp
+        V = new_values(mlp.up_proj, mlp.down_proj, few(xs), few(target), block.post_attention_layernorm,
+                       lambda n: mix_channels(mlp, n), runner, ridge)
         weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
     C, B = products(runner.block(weights), xs, target)
-    weights[DOWN_PROJ] = stored(fit(W, C, B, ridged(C, ridge)), wide[DOWN_PROJ])
+    weights[DOWN_PROJ] = stored(fit(W, B, *ridged(C, ridge)), wide[DOWN_PROJ])
     check_finite(weights, where)
     return weights, channels.cpu()
 

@@ -2,7 +2,7 @@
 
 A regression z V ~ t is known by A = E[z^T z] (n, n) and B = E[z^T t] (n, C), means over tokens, whatever the text's length.
 Each is pulled towards weights W that are there already by a ridge; `factor` is always the Cholesky factor of A + ridge I.
-All is float64.
+All is float64. Of A only the lower triangle is ever read.
 """
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ STEPS = 64    # channels are eliminated in about so many batches
 def mean_products(runner: Runner, streams: list[Tensor], pairs_of: Callable) -> list[Tensor]:
     """Mean over tokens of a^T b, (A, B), for each pair (a (..., A), b (..., B)) that pairs_of makes of a batch.
 
-    If a and b are one tensor, half of the product is computed and mirrored.
+    If a and b are one tensor, only the lower triangle is right: what lies above the diagonal is not computed.
     """
     totals, tokens, dtype = None, streams[0].shape[0] * streams[0].shape[1], sum_dtype(runner.dtype)
     for rows in batches(streams[0]):
@@ -32,8 +32,7 @@ def mean_products(runner: Runner, streams: list[Tensor], pairs_of: Callable) -> 
                 add_gram(total, left)
             else:
                 total.addmm_(left.T, b.flatten(0, -2).to(dtype))
-    return [(total.tril() + total.tril(-1).T if a is b else total).double() / tokens
-            for total, (a, b) in zip(totals, pairs, strict=True)]
+    return [total.double().div_(tokens) for total in totals]
 
 
 def mean_squares(runner: Runner, xs: Tensor, features_of: Callable) -> Tensor:
@@ -42,23 +41,24 @@ def mean_squares(runner: Runner, xs: Tensor, features_of: Callable) -> Tensor:
     return mean_products(runner, [xs], lambda u: [(torch.ones_like(u[..., :1]), features_of(u).to(dtype).square())])[0][0]
 
 
-def ridged(A: Tensor, multiple: float = RIDGE) -> Tensor:
-    """The Cholesky factor of A + ridge I, with a ridge of so many mean eigenvalues of A (n, n); of I if A is zero."""
-    return regularized_cholesky(A, absolute_ridge(A, multiple) or 1.0)
+def ridged(A: Tensor, multiple: float = RIDGE) -> tuple[Tensor, float]:
+    """(the Cholesky factor of A + ridge I, ridge): so many mean eigenvalues of A (n, n), or 1 if A is zero."""
+    ridge = absolute_ridge(A, multiple) or 1.0
+    return regularized_cholesky(A, ridge), ridge
 
 
-def fit(W: Tensor, A: Tensor, B: Tensor, factor: Tensor) -> Tensor:
-    """The minimiser V of E|z V - t|^2 + ridge |V - W|^2, from A, B, the factor of A + ridge I, and W (n, C)."""
-    return W + torch.cholesky_solve(B - A @ W, factor)
+def fit(W: Tensor, B: Tensor, factor: Tensor, ridge: float) -> Tensor:
+    """V = (A + ridge I)^-1 (B + ridge W), which minimises E|z V - t|^2 + ridge |V - W|^2; W and B (n, C)."""
+    return torch.cholesky_solve(B + ridge * W, factor)
 
 
-def alignment(G: Tensor, cross: Tensor, factor: Tensor) -> Tensor:
-    """M (C, C) that minimises E|n M - t|^2 + ridge |M - I|^2, from G = E[n^T n], cross = E[n^T t], factor of G + ridge I.
+def alignment(cross: Tensor, factor: Tensor, ridge: float) -> Tensor:
+    """M (C, C) that minimises E|n M - t|^2 + ridge |M - I|^2, from cross = E[n^T t] and the factor of E[n^T n] + ridge I.
 
     n is what a member reads after flattening, t what it read in the dense model. M is the identity if the two are the same,
     and exact, but for the ridge, if t is a linear image of n.
     """
-    return fit(torch.eye(len(G), dtype=G.dtype, device=G.device), G, cross, factor)
+    return fit(torch.eye(len(cross), dtype=cross.dtype, device=cross.device), cross, factor, ridge)
 
 
 def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
@@ -91,30 +91,43 @@ def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
     return torch.tensor(left)
 
 
-def eliminate(V: Tensor, P: Tensor, keep: int, steps: int = STEPS) -> Tensor:
-    """eliminate_units for single rows, many at a time: about n^3 flops in all. Returns the rows that remain.
+def cheapest(V: Tensor, P: Tensor, count: int) -> list[int]:
+    """Rows of V (n, C) that go first: `count` times the one of least |V_i|^2 / P_ii, after which all others adapt.
 
-    A batch is chosen among twice as many candidates of least cost, whose costs are kept exact while it is chosen. Batches of
-    one row are the exact rule.
+    The exact greedy rule, without changing V or P (n, n): their products V V^T and P are enough to follow it.
     """
-    alive = torch.ones(len(V), dtype=torch.bool, device=V.device)
-    batch = -(-(len(V) - keep) // steps)
-    while (excess := int(alive.sum()) - keep) > 0:
-        batch = min(batch, excess)
-        cost = V.square().sum(1) / P.diagonal()
-        candidates = cost.masked_fill(~alive, torch.inf).argsort()[:min(2 * batch, keep + excess)]
-        small_V, small_P, gone = V[candidates], P[candidates][:, candidates], []
-        for _ in range(batch):
-            local = small_V.square().sum(1) / small_P.diagonal()
-            local[gone] = torch.inf
-            i = int(local.argmin())
-            gone.append(i)
-            column = small_P[:, i] / small_P[i, i]
-            small_V = small_V - torch.outer(column, small_V[i])
-            small_P = small_P - torch.outer(column, small_P[i])
-        remove(V, P, candidates[gone])
-        alive[candidates[gone]] = False
-    return alive.nonzero().flatten()
+    M, rows = V @ V.T, []
+    for _ in range(count):
+        cost = M.diagonal() / P.diagonal()
+        cost[rows] = torch.inf
+        i = int(cost.argmin())
+        rows.append(i)
+        column = P[:, i] / P[i, i]
+        P, M = P - torch.outer(column, P[i]), M - torch.outer(column, M[i])
+        M = M - torch.outer(M[:, i], column)
+    return rows
+
+
+def eliminate(V: Tensor, P: Tensor, keep: int, steps: int = STEPS) -> Tensor:
+    """eliminate_units for single rows, many at a time: n r^2 flops for r of n rows. Changes V, not P; returns what remains.
+
+    P - R^T R is the inverse Hessian of what remains: R (removed, n) grows like a Cholesky factor of P whose pivots are
+    chosen on the way, so only rows that go are ever computed. A batch is chosen by the exact rule, but among the twice as
+    many candidates of least cost. Batches of one row are the exact rule.
+    """
+    R, diagonal, gone = P.new_empty(len(V) - keep, len(V)), P.diagonal().clone(), torch.arange(0, device=V.device)
+    while (left := len(V) - keep - len(gone)) > 0:
+        batch, past = min(-(-len(R) // steps), left), R[:len(gone)]
+        cost = (V.norm(dim=1).square() / diagonal).index_fill_(0, gone, torch.inf)
+        nearest = cost.argsort()[:min(2 * batch, left + keep)]
+        rows = nearest[cheapest(V[nearest], P[nearest][:, nearest] - past[:, nearest].T @ past[:, nearest], batch)]
+        new = torch.addmm(P[rows], past[:, rows].T, past, alpha=-1)
+        factor = regularized_cholesky(new[:, rows], 0.0)
+        new = R[len(gone):len(gone) + batch] = torch.linalg.solve_triangular(factor, new, upper=False)
+        V.addmm_(new.T, torch.linalg.solve_triangular(factor, V[rows], upper=False), alpha=-1)
+        diagonal -= new.square().sum(0)
+        gone = torch.cat([gone, rows])
+    return torch.ones(len(V), device=V.device).index_fill_(0, gone, 0).nonzero().flatten()
 
 
 def conjugate_gradients(slope: Tensor, curvature: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor],

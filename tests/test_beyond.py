@@ -24,8 +24,8 @@ def randn(*shape, seed=0):
 def test_alignment_is_the_identity_for_equal_inputs_and_exact_for_linear_images():
     n, M = randn(200, 6), randn(6, 6, seed=1)
     G = n.T @ n / 200
-    assert torch.allclose(regression.alignment(G, G, regression.ridged(G)), torch.eye(6, dtype=torch.float64))
-    assert torch.allclose(regression.alignment(G, G @ M, regression.ridged(G, 1e-12)), M, atol=1e-8)
+    assert torch.allclose(regression.alignment(G, *regression.ridged(G)), torch.eye(6, dtype=torch.float64))
+    assert torch.allclose(regression.alignment(G @ M, *regression.ridged(G, 1e-12)), M, atol=1e-8)
 
 
 def test_alignment_is_the_ridge_optimum():
@@ -33,7 +33,7 @@ def test_alignment_is_the_ridge_optimum():
     G, a = n.T @ n / 50, 0.3
     eye, scale = torch.eye(6, dtype=torch.float64), (a * float(G.diagonal().mean())) ** 0.5
     rows = torch.cat([n / 50 ** 0.5, scale * eye]), torch.cat([t / 50 ** 0.5, scale * eye])
-    assert torch.allclose(regression.alignment(G, n.T @ t / 50, regression.ridged(G, a)), torch.linalg.lstsq(*rows).solution)
+    assert torch.allclose(regression.alignment(n.T @ t / 50, *regression.ridged(G, a)), torch.linalg.lstsq(*rows).solution)
 
 
 @pytest.mark.parametrize("norm", READS)
@@ -54,7 +54,7 @@ def problem(n=8, d=3, tokens=40, seed=0):
 
 
 def fit(W, A, B, ridge):
-    return regression.fit(W, A, B, regularized_cholesky(A, ridge))
+    return regression.fit(W, B, regularized_cholesky(A, ridge), ridge)
 
 
 def inverse(A, ridge):
@@ -111,6 +111,27 @@ def test_batches_of_elimination_see_duplicates_and_leave_the_optimum_of_what_rem
         kept = regression.eliminate(V, P, 10, steps)
         assert sorted(i % 10 for i in kept.tolist()) == list(range(10))
         assert torch.allclose(z[:, kept] @ V[kept], t, atol=1e-2)
+
+
+def test_the_cheapest_rows_are_those_that_go_one_after_the_other():
+    _, _, W, A, B = problem(n=9)
+    V, P = fit(W, A, B, 0.1), inverse(A, 0.1)
+    before = V.clone(), P.clone()
+    rows = regression.cheapest(V, P, 6)
+    assert torch.equal(V, before[0]) and torch.equal(P, before[1])
+    for i in rows:
+        cost = V.square().sum(1) / P.diagonal()
+        cost[rows[:rows.index(i)]] = torch.inf
+        assert int(cost.argmin()) == i
+        regression.remove(V, P, torch.tensor([i]))
+
+
+def test_elimination_leaves_the_inverse_hessian_alone():
+    _, _, W, A, B = problem()
+    P = inverse(A, 0.1)
+    before = P.clone()
+    regression.eliminate(fit(W, A, B, 0.1), P, 3)
+    assert torch.equal(P, before)
 
 
 def test_removing_leaves_the_inverse_of_what_remains():
@@ -199,10 +220,29 @@ def test_mixing_is_what_the_block_does_to_its_values_and_unmixing_its_adjoint(ch
     for mixing, proj, output in (
             (refit.mix_heads(block.self_attn, n, run.rope), block.self_attn.v_proj, block.self_attn(n, run.rope)),
             (refit.mix_channels(block.mlp, n), block.mlp.up_proj, block.mlp(n))):
-        mix, unmix = mixing
+        mix, unmix, _ = mixing
         assert torch.allclose(mix(proj(n)), output)
         v, r = randn(*proj(n).shape, seed=1), randn(*n.shape, seed=2)
         assert torch.allclose((mix(v) * r).sum(), (v * unmix(r)).sum())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", CHANGES)
+def test_own_curvature_is_what_errors_in_one_units_values_cost_if_they_differ_from_token_to_token(changes):
+    cfg, T, ridge = tiny.config(**changes), 7, 0.1
+    run, n = tiny.runner(cfg, T), tiny.stream(cfg, 1, T)
+    block = run.block(tiny.block(cfg, 0))
+    for (mix, _, overlaps), writes, units in (
+            (refit.mix_heads(block.self_attn, n, run.rope), block.self_attn.o_proj, cfg.num_key_value_heads),
+            (refit.mix_channels(block.mlp, n), block.mlp.down_proj, cfg.intermediate_size)):
+        width = cfg.head_dim if units == cfg.num_key_value_heads else 1
+        heads = writes.in_features // (units * width)
+        one_each = torch.eye(T * units * width, dtype=n.dtype).view(-1, 1, T, units * width)
+        added = torch.stack([mix(v).flatten() for v in one_each]).view(T, units, width, -1)  # token, unit, value -> outputs
+        expected = torch.einsum("tudc,tuec->ude", added, added) / T
+        pull = ridge * expected.diagonal(dim1=1, dim2=2).mean() * torch.eye(width, dtype=n.dtype)
+        factor = refit.own_curvature(writes.weight, overlaps.mean((0, 1)).view(units, heads, heads), ridge)
+        assert torch.allclose(factor @ factor.mT, expected + pull)
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -211,18 +251,36 @@ def test_enough_steps_find_the_optimal_values(changes):
     cfg = tiny.config(**{"num_attention_heads": 6, **changes, "hidden_size": 8, "intermediate_size": 6, "head_dim": 2})
     run, xs, norm = tiny.runner(cfg, 10), tiny.stream(cfg, 12, 10), torch.nn.Identity()
     block, target = run.block(tiny.block(cfg, 0)).requires_grad_(False), randn(12, 10, 8, seed=5)
-    for proj, mixer in ((block.self_attn.v_proj, lambda n: refit.mix_heads(block.self_attn, n, run.rope)),
-                        (block.mlp.up_proj, lambda n: refit.mix_channels(block.mlp, n))):
-        mix, _ = mixer(xs)
-        units = torch.eye(proj.weight.numel(), dtype=torch.float64).view(-1, *proj.weight.shape)
-        columns = torch.stack([mix(xs @ unit.T).flatten() for unit in units], 1)
+    attention, mlp = block.self_attn, block.mlp
+    for proj, writes, mixer in (
+            (attention.v_proj, attention.o_proj, lambda n: refit.mix_heads(attention, n, run.rope)),
+            (mlp.up_proj, mlp.down_proj, lambda n: refit.mix_channels(mlp, n))):
+        mix, _, _ = mixer(xs)
+        basis = torch.eye(proj.weight.numel(), dtype=torch.float64).view(-1, *proj.weight.shape)
+        columns = torch.stack([mix(xs @ unit.T).flatten() for unit in basis], 1)
         missing = (target - mix(proj(xs))).flatten()
+
+        def left(steps, proj=proj, writes=writes, mixer=mixer, mix=mix, missing=missing):
+            W = refit.new_values(proj, writes, xs, target, norm, mixer, run, 1e-3, steps)
+            return float((missing - mix(xs @ (W - proj.weight).T).flatten()).square().sum())
         least = missing - columns @ torch.linalg.lstsq(columns, missing[:, None]).solution.flatten()
-        W = refit.new_values(proj, xs, target, norm, mixer, run, 1e-3, steps=300)
-        found = missing - mix(xs @ (W - proj.weight).T).flatten()
-        few = missing - mix(xs @ (refit.new_values(proj, xs, target, norm, mixer, run, 1e-3) - proj.weight).T).flatten()
-        assert float(found.square().sum()) == pytest.approx(float(least.square().sum()), rel=1e-6)
-        assert found.square().sum() < few.square().sum() < missing.square().sum()
+        assert left(300) == pytest.approx(float(least.square().sum()), rel=1e-6)
+        assert left(300) < left(refit.VALUE_STEPS) < left(1) < float(missing.square().sum())
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_only_the_channels_that_write_most_are_compared_in_full(width, monkeypatch):
+    """Half again as many as stay, however many blocks are joined; among them are all that stay."""
+    cfg, sizes, run = tiny.config(), [], tiny.runner(tiny.config(), 20)
+    members, xs = [tiny.block(cfg, seed) for seed in range(width)], tiny.stream(cfg, 8, 20)
+    full = regression.eliminate
+
+    def eliminate(V, P, keep):
+        sizes.append((len(V), P.shape[0], keep))
+        return full(V, P, keep)
+    monkeypatch.setattr(refit, "eliminate", eliminate)
+    _, kept = refit.refit_block(members, xs, xs.clone(), run)
+    assert sizes == [(60, 60, 40)] and sum(map(len, kept["channels"])) == 40
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -266,8 +324,7 @@ def test_products_are_means_over_tokens():
     run = tiny.runner(cfg, 12)
     found, gram = regression.mean_products(run, [xs, 2 * xs], lambda a, b: [(a, b), (a, a)])
     flat = xs.flatten(0, 1)
-    assert torch.allclose(found, 2 * flat.T @ flat / len(flat)) and torch.allclose(gram, found / 2)
-    assert torch.equal(gram, gram.T)
+    assert torch.allclose(found, 2 * flat.T @ flat / len(flat)) and torch.allclose(gram.tril(), found.tril() / 2)
 
 
 @pytest.mark.parametrize("merges", [1, 2, 3, 4])
