@@ -1,9 +1,10 @@
 """What --refit costs next to the paper's pruning: one pair of blocks and one other, random weights, side by side.
 
-The fit runs the members beside the merged block and eliminates channels in float64, which takes about 2 n^3 flops and three
-matrices of n^2 for the n = 2 F channels of a pair, however much text there is. So its share falls with more text. The whole
-run at --ratio is put together from the parts: both measure every block once and pass every other block once more, --refit
-twice behind the first pair, where the dense stream is another. So it is given for pairs at the end and at the start.
+The fit runs the members beside the merged block, and compares half again as many channels as stay: about 1.8 n^3 flops in
+float64 and three matrices of n^2 for n = 1.5 F of them, however much text there is. So its share falls with more text. The
+whole run at --ratio is put together from the parts: both measure every block once, and every other block passes once more
+what it makes of the text, up to the last pair; behind the first pair --refit passes two streams. So it is given for pairs
+that all stand at the end, and for the first at the start and the others at the end, where --refit costs most.
 
     python -m bench.refit --shape tinyllama --samples 128 --length 1024
     python -m bench.refit --shape llama-2-7b --samples 1 --length 512 --only refit       does it fit into this memory?
@@ -76,11 +77,11 @@ def main() -> None:
                   f"largest memory of the process so far {peak:.1f} GiB", flush=True)
     if args.only is None:
         L = config.num_hidden_layers
-        paper, last, first = (L * spent["measure"] + (L - 2 * pairs) * passes * spent["run"] + pairs * spent[name]
-                              for name, passes in (("paper", 1), ("refit", 1), ("refit", 2)))
+        paper, together, apart = (L * spent["measure"] + (L - 2 * pairs) * passes * spent["run"] + pairs * spent[name]
+                                  for name, passes in (("paper", 1), ("refit", 1), ("refit", 2)))
         print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}")
-        print(f"{L} blocks, {pairs} pairs: paper {paper:.0f} s, refit {last:.0f} to {first:.0f} s, refit / paper: "
-              f"{last / paper:.2f} to {first / paper:.2f} (pairs at the end, at the start)")
+        print(f"{L} blocks, {pairs} pairs: paper {paper:.0f} s, refit {together:.0f} to {apart:.0f} s, refit / paper: "
+              f"{together / paper:.2f} to {apart / paper:.2f} (all pairs at the end, the first at the start)")
 
 
 if __name__ == "__main__":

@@ -85,11 +85,11 @@ def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool) -> 
     return torch.arange(member * keep, (member + 1) * keep)
 
 
-def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Callable, Callable, Tensor]:
+def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Callable, Callable, Callable]:
     """(mix, unmix, overlaps): mix makes of values (B, T, KV*D) what attention adds (B, T, C), with the patterns n causes.
 
-    mix is linear, unmix its adjoint: <mix(v), r> = <v, unmix(r)>. overlaps (B, T, KV*k*k) are the products of the patterns
-    of the k heads that share values, summed over positions. Holds the patterns, H T^2 numbers a window.
+    mix is linear, unmix its adjoint: <mix(v), r> = <v, unmix(r)>. overlaps() are the products of the patterns of the k heads
+    that share values, summed over each window, (B, KV*k*k). Holds the patterns, H T^2 numbers a window.
     """
     q, k, _ = attention.project(n, rope)
     (B, KV, T, D), o_proj = k.shape, attention.o_proj.weight
@@ -104,17 +104,20 @@ def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> t
     def unmix(r: Tensor) -> Tensor:
         heads = (r @ o_proj).view(B, T, KV, -1, D).permute(0, 2, 3, 1, 4)
         return (pattern.transpose(-1, -2) @ heads).sum(2).transpose(1, 2).flatten(2)
-    by_token = pattern.permute(0, 3, 1, 2, 4)                                            # (B, T, KV, H/KV, T)
-    return mix, unmix, (by_token @ by_token.transpose(-1, -2)).flatten(2)
+
+    def overlaps() -> Tensor:
+        flat = pattern.flatten(-2)                                                       # (B, KV, H/KV, T T)
+        return (flat @ flat.transpose(-1, -2)).flatten(1)
+    return mix, unmix, overlaps
 
 
-def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Tensor]:
+def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Callable]:
     """(mix, unmix, overlaps) as mix_heads: from up_proj's outputs (B, T, F) to what the MLP adds, with the gates n causes.
 
-    A channel shares its value with no other; overlaps (B, T, F) are the squares of the gates.
+    A channel shares its value with no other; overlaps() are the squares of the gates, summed over each window, (B, F).
     """
     gate, down_proj = F.silu(mlp.gate_proj(n)), mlp.down_proj.weight
-    return lambda v: (gate * v) @ down_proj.T, lambda r: gate * (r @ down_proj), gate.square()
+    return lambda v: (gate * v) @ down_proj.T, lambda r: gate * (r @ down_proj), lambda: gate.square().sum(1)
 
 
 def own_curvature(writes: Tensor, overlaps: Tensor, ridge: float) -> Tensor:
@@ -142,7 +145,7 @@ def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, targe
 
     def start(u: Tensor, t: Tensor) -> list:
         mix, unmix, overlaps = mixer(n := norm(u.to(dtype)))
-        return [(unmix(t - mix(proj(n))), n), (n, n), (torch.ones_like(n[..., :1]), overlaps)]
+        return [(unmix(t - mix(proj(n))), n), (n, n), (torch.ones_like(n[:, 0, :1]), overlaps())]
 
     def curvature(D: Tensor) -> Tensor:
         def products(u: Tensor) -> list:

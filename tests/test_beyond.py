@@ -241,7 +241,7 @@ def test_own_curvature_is_what_errors_in_one_units_values_cost_if_they_differ_fr
         added = torch.stack([mix(v).flatten() for v in one_each]).view(T, units, width, -1)  # token, unit, value -> outputs
         expected = torch.einsum("tudc,tuec->ude", added, added) / T
         pull = ridge * expected.diagonal(dim1=1, dim2=2).mean() * torch.eye(width, dtype=n.dtype)
-        factor = refit.own_curvature(writes.weight, overlaps.mean((0, 1)).view(units, heads, heads), ridge)
+        factor = refit.own_curvature(writes.weight, (overlaps()[0] / T).view(units, heads, heads), ridge)
         assert torch.allclose(factor @ factor.mT, expected + pull)
 
 
