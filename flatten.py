@@ -248,10 +248,10 @@ def main() -> None:
             members = [source.block(i) for i in group["blocks"]]
             if dense is xs and len(members) > 1:
                 dense = xs.clone()
-            weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, f"blocks {group['blocks']}", dense)
+            where, weights, found = f"blocks {group['blocks']}", members[0], {}
+            if merges:                                         # behind the last joined blocks nothing reads the streams
+                weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, where, dense)
             merges -= len(members) - 1
-            if merges == 0:                                    # nothing reads the streams any more
-                xs, dense = xs[:0], None
             writer.add(weights)
             if found:
                 group |= found

@@ -51,15 +51,16 @@ from prune import (
 PARTS = ("align", "eliminate", "values", "dense")
 QUICK = ("align", "dense")  # enough to find out which blocks to merge
 FEW = 32         # windows of calibration text are enough to choose by; only the last fit of a projection sees all
+ENOUGH = 2**14   # tokens of these are enough for the shortlist and for new values
 SHORTLIST = 1.5  # times as many channels as stay are compared in full; those that write less go at once
 VALUE_STEPS = 2  # conjugate gradients for new values
 V_PROJ, O_PROJ, UP_PROJ, DOWN_PROJ = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight",
                                       "mlp.down_proj.weight")
 
 
-def few(xs: Tensor) -> Tensor:
-    """A copy of FEW of the windows of xs (N, T, ...), evenly spread; of all if there are not more."""
-    n = min(FEW, len(xs))
+def few(xs: Tensor, tokens: int | None = None) -> Tensor:
+    """A copy of FEW of the windows of xs (N, T, ...), evenly spread, or of all if there are not more; no more than `tokens`."""
+    n = min(FEW, len(xs), max(1, tokens // xs.shape[1]) if tokens else FEW)
     return xs[[i * len(xs) // n for i in range(n)]]
 
 
@@ -72,8 +73,8 @@ def align(members: list[Weights], norm_name: str, xs: Tensor, own: list[Tensor],
           ridge: float) -> list[Weights]:
     """The members with what reads this norm aligned: from the stream xs that they share to the few windows each had."""
     G, *cross = mean_products(runner, [few(xs), *own], lambda u, *x: [(n := norm(u), n), *((n, norm(each)) for each in x)])
-    known = ridged(G, ridge)  # factor and ridge
-    return [read_through(member, READS[norm_name], alignment(product, *known))
+    factor, pull = ridged(G, ridge)
+    return [read_through(member, READS[norm_name], alignment(product, factor, pull))
             for member, product in zip(members, cross, strict=True)]
 
 
@@ -121,15 +122,15 @@ def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Callable]:
 
 
 def own_curvature(writes: Tensor, overlaps: Tensor, ridge: float) -> Tensor:
-    """Cholesky factors (U, d, d) of what errors in a unit's d values cost if they are independent at all positions; + ridge.
+    """Cholesky factors (U, d, d), with a ridge, of what errors in a unit's d values cost if independent at all positions.
 
     A unit is a KV head, whose values k query heads hand on, or a channel (k = d = 1). writes (C, U*k*d) is o_proj or
-    down_proj, overlaps (U, k, k) the mean over tokens of what the mixer returns.
+    down_proj, overlaps (U, k, k) what the mixer returns, per token. A ridge below a millionth would be lost in their digits.
     """
     rows = writes.double().T.view(*overlaps.shape[:2], -1, len(writes))                    # (U, k, d, C)
     curvature = torch.einsum("ukl,ukdc,ulec->ude", overlaps, rows, rows)
     mean = float(curvature.diagonal(dim1=1, dim2=2).mean())
-    curvature.diagonal(dim1=1, dim2=2).add_(ridge * mean or 1.0)
+    curvature.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-6) * mean or 1.0)
     return torch.linalg.cholesky(curvature)
 
 
@@ -154,12 +155,12 @@ def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, targe
         return mean_products(runner, [xs], products)[0]
     slope, G, overlaps = mean_products(runner, [xs, target], start)
     heads = writes.in_features // proj.out_features                                        # that share a value
-    values = own_curvature(writes.weight.detach(), overlaps[0].view(-1, heads, heads), ridge)
-    inputs, _ = ridged(G, ridge)
+    value_factors = own_curvature(writes.weight.detach(), overlaps[0].view(-1, heads, heads), ridge)
+    input_factor, _ = ridged(G, ridge)
 
     def precondition(D: Tensor) -> Tensor:
-        D = torch.cholesky_solve(D.view(*values.shape[:2], -1), values).flatten(0, 1)
-        return torch.cholesky_solve(D.T, inputs).T
+        D = torch.cholesky_solve(D.view(*value_factors.shape[:2], -1), value_factors).flatten(0, 1)
+        return torch.cholesky_solve(D.T, input_factor).T
     return proj.weight.detach().double() + conjugate_gradients(slope, curvature, precondition, steps)
 
 
@@ -183,7 +184,7 @@ def refit_attention(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, w
 
     def products(block: Block, *streams: Tensor) -> list[Tensor]:
         found = mean_products(runner, streams, lambda u, t: [(z := heads_of(block, u), z), (z, t)])
-        check_finite({"the head statistics": found[0]}, where)
+        check_finite(dict(zip(("the head statistics", "what heads should add"), found, strict=True)), where)
         return found
     W, keep, block = wide[O_PROJ].double().T.to(runner.device), config.num_key_value_heads, runner.block(wide)
     size = config.num_attention_heads // keep * config.head_dim
@@ -201,7 +202,7 @@ def refit_attention(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, w
     if "values" in parts:
         block = precise(weights, runner)
         attention = block.self_attn
-        V = new_values(attention.v_proj, attention.o_proj, few(xs), few(target), block.input_layernorm,
+        V = new_values(attention.v_proj, attention.o_proj, few(xs, ENOUGH), few(target, ENOUGH), block.input_layernorm,
                        lambda n: mix_heads(attention, n, runner.rope), runner, ridge)
         weights[V_PROJ] = stored(V.T, wide[V_PROJ])
     A, B = products(runner.block(weights), xs, target)
@@ -218,11 +219,12 @@ def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: 
 
     def products(block: Block, *streams: Tensor) -> list[Tensor]:
         found = mean_products(runner, streams, lambda u, t: [(psi := channels_at(block, u), psi), (psi, t)])
-        check_finite({"the channel statistics": found[0]}, where)
+        check_finite(dict(zip(("the channel statistics", "what channels should add"), found, strict=True)), where)
         return found
     W, keep, block = wide[DOWN_PROJ].double().T.to(runner.device), runner.config.intermediate_size, runner.block(wide)
-    squares = mean_squares(runner, few(xs), lambda u: channels_at(block, u))
+    squares = mean_squares(runner, few(xs, ENOUGH), lambda u: channels_at(block, u))
     check_finite({"the channel statistics": squares}, where)
+    del block  # large; from here on only some of its channels are run
     compared = min(int(SHORTLIST * keep), len(W)) if "eliminate" in parts else keep
     channels = best(squares.sqrt() * W.norm(dim=1), compared)
     W = W[channels]
@@ -238,7 +240,7 @@ def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: 
     if "values" in parts:
         block = precise(weights, runner)
         mlp = block.mlp
-        V = new_values(mlp.up_proj, mlp.down_proj, few(xs), few(target), block.post_attention_layernorm,
+        V = new_values(mlp.up_proj, mlp.down_proj, few(xs, ENOUGH), few(target, ENOUGH), block.post_attention_layernorm,
                        lambda n: mix_channels(mlp, n), runner, ridge)
         weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
     C, B = products(runner.block(weights), xs, target)

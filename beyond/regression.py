@@ -109,21 +109,24 @@ def cheapest(V: Tensor, P: Tensor, count: int) -> list[int]:
 
 
 def eliminate(V: Tensor, P: Tensor, keep: int, steps: int = STEPS) -> Tensor:
-    """eliminate_units for single rows, many at a time: n r^2 flops for r of n rows. Changes V, not P; returns what remains.
+    """eliminate_units for single rows, many at a time: n r (r + 2 C) flops to remove r of n. Returns the rows that remain.
 
     P - R^T R is the inverse Hessian of what remains: R (removed, n) grows like a Cholesky factor of P whose pivots are
     chosen on the way, so only rows that go are ever computed. A batch is chosen by the exact rule, but among the twice as
-    many candidates of least cost. Batches of one row are the exact rule.
+    many candidates of least cost. Batches of one row are the exact rule. P stays as it is; of V, changed in place, only
+    the rows that remain mean anything.
     """
     R, diagonal, gone = P.new_empty(len(V) - keep, len(V)), P.diagonal().clone(), torch.arange(0, device=V.device)
     while (left := len(V) - keep - len(gone)) > 0:
         batch, past = min(-(-len(R) // steps), left), R[:len(gone)]
         cost = (V.norm(dim=1).square() / diagonal).index_fill_(0, gone, torch.inf)
         nearest = cost.argsort()[:min(2 * batch, left + keep)]
-        rows = nearest[cheapest(V[nearest], P[nearest][:, nearest] - past[:, nearest].T @ past[:, nearest], batch)]
+        near = past[:, nearest]
+        rows = nearest[cheapest(V[nearest], P[nearest][:, nearest] - near.T @ near, batch)]
         new = torch.addmm(P[rows], past[:, rows].T, past, alpha=-1)
         factor = regularized_cholesky(new[:, rows], 0.0)
-        new = R[len(gone):len(gone) + batch] = torch.linalg.solve_triangular(factor, new, upper=False)
+        new = torch.linalg.solve_triangular(factor, new, upper=False)
+        R[len(gone):len(gone) + batch] = new
         V.addmm_(new.T, torch.linalg.solve_triangular(factor, V[rows], upper=False), alpha=-1)
         diagonal -= new.square().sum(0)
         gone = torch.cat([gone, rows])

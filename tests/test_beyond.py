@@ -126,6 +126,14 @@ def test_the_cheapest_rows_are_those_that_go_one_after_the_other():
         regression.remove(V, P, torch.tensor([i]))
 
 
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_elimination_in_batches_leaves_the_optimum_of_what_remains(steps):
+    _, _, W, A, B = problem(n=60, tokens=200)
+    kept = regression.eliminate(V := fit(W, A, B, 0.1), inverse(A, 0.1), 20, steps)
+    assert len(kept) == 20
+    assert torch.allclose(V[kept], fit(W[kept], A[kept][:, kept], B[kept], 0.1))
+
+
 def test_elimination_leaves_the_inverse_hessian_alone():
     _, _, W, A, B = problem()
     P = inverse(A, 0.1)
@@ -273,14 +281,22 @@ def test_only_the_channels_that_write_most_are_compared_in_full(width, monkeypat
     """Half again as many as stay, however many blocks are joined; among them are all that stay."""
     cfg, sizes, run = tiny.config(), [], tiny.runner(tiny.config(), 20)
     members, xs = [tiny.block(cfg, seed) for seed in range(width)], tiny.stream(cfg, 8, 20)
-    full = regression.eliminate
+    full, parts, middle = regression.eliminate, ("eliminate",), xs.clone()
 
     def eliminate(V, P, keep):
-        sizes.append((len(V), P.shape[0], keep))
+        sizes.append((len(V), keep))
         return full(V, P, keep)
     monkeypatch.setattr(refit, "eliminate", eliminate)
-    _, kept = refit.refit_block(members, xs, xs.clone(), run)
-    assert sizes == [(60, 60, 40)] and sum(map(len, kept["channels"])) == 40
+    weights, kept = refit.refit_block(members, xs, xs.clone(), run, parts=parts)
+    assert sizes == [(60, 40)]
+    run.attend(weights, middle)  # what the channels read
+    wide = flatten_blocks(members)
+    block = run.block(wide)
+    with torch.no_grad():
+        psi = block.mlp.channels(block.post_attention_layernorm(middle))
+    writes = (psi.square().mean((0, 1)).sqrt() * wide["mlp.down_proj.weight"].norm(dim=0)).argsort(descending=True)[:60]
+    stay = [member * 40 + i for member, channels in enumerate(kept["channels"]) for i in channels]
+    assert len(stay) == 40 and set(stay) <= set(writes.tolist())
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -313,10 +329,11 @@ def test_blocks_that_all_write_nothing_can_be_merged(parts):
     assert torch.allclose(xs, before)
 
 
-@pytest.mark.parametrize("n, expected", [(5, 5), (32, 32), (40, 32), (128, 32)])
-def test_few_windows_are_spread_over_all(n, expected):
-    found = refit.few(torch.arange(n)).tolist()
-    assert len(set(found)) == expected and found[0] == 0 and found[-1] >= n - n // 32 - 1
+@pytest.mark.parametrize("n, tokens, expected", [(5, None, 5), (32, None, 32), (40, None, 32), (128, None, 32),
+                                                 (128, 999, 32), (128, 80, 8), (128, 89, 8), (5, 80, 5), (128, 3, 1)])
+def test_few_windows_are_spread_over_all(n, tokens, expected):
+    found = refit.few(torch.arange(n)[:, None].expand(n, 10), tokens)[:, 0].tolist()
+    assert len(set(found)) == expected and found[0] == 0 and found[-1] >= n - -(-n // expected) - 1
 
 
 def test_products_are_means_over_tokens():
