@@ -59,7 +59,7 @@ V_PROJ, O_PROJ, UP_PROJ, DOWN_PROJ = ("self_attn.v_proj.weight", "self_attn.o_pr
 
 
 def few(xs: Tensor, tokens: int | None = None) -> Tensor:
-    """A copy of FEW of the windows of xs (N, T, ...), evenly spread, or of all if there are not more; no more than `tokens`."""
+    """A copy of FEW of the windows of xs (N, T, ...), evenly spread, or of all if there are not more; at most `tokens`."""
     n = min(FEW, len(xs), max(1, tokens // xs.shape[1]) if tokens else FEW)
     return xs[[i * len(xs) // n for i in range(n)]]
 
