@@ -102,7 +102,8 @@ def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(A)
         if int(info) == 0:
             return factor
-    raise ValueError("the channel statistics are not positive definite (NaN, or all zero without a ridge)")
+    raise ValueError("a matrix of calibration statistics is not positive definite to working precision; give more text "
+                     "(--samples, --length) or a larger --ridge")
 
 
 def ridge_leverage(C: Tensor, ridge: float) -> Tensor:

@@ -1,6 +1,6 @@
 """What --refit costs next to the paper's pruning: one pair of blocks and one other, random weights, side by side.
 
-The fit runs the members beside the merged block, and compares half again as many channels as stay: about 1.8 n^3 flops in
+The fit runs the members beside the merged block, and compares half again as many channels as stay: 1.6 to 1.8 n^3 flops in
 float64 and three matrices of n^2 for n = 1.5 F of them, however much text there is. So its share falls with more text. The
 whole run at --ratio is put together from the parts: both measure every block once, and every other block passes once more
 what it makes of the text, up to the last pair; behind the first pair --refit passes two streams. So it is given for pairs

@@ -90,7 +90,7 @@ def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> t
     """(mix, unmix, overlaps): mix makes of values (B, T, KV*D) what attention adds (B, T, C), with the patterns n causes.
 
     mix is linear, unmix its adjoint: <mix(v), r> = <v, unmix(r)>. overlaps() are the products of the patterns of the k heads
-    that share values, summed over each window, (B, KV*k*k). Holds the patterns, H T^2 numbers a window.
+    that share values, summed over each window, (B, KV*k*k). Holds H T^2 numbers a window, and for a moment twice as many.
     """
     q, k, _ = attention.project(n, rope)
     (B, KV, T, D), o_proj = k.shape, attention.o_proj.weight
@@ -125,12 +125,12 @@ def own_curvature(writes: Tensor, overlaps: Tensor, ridge: float) -> Tensor:
     """Cholesky factors (U, d, d), with a ridge, of what errors in a unit's d values cost if independent at all positions.
 
     A unit is a KV head, whose values k query heads hand on, or a channel (k = d = 1). writes (C, U*k*d) is o_proj or
-    down_proj, overlaps (U, k, k) what the mixer returns, per token. A ridge below a millionth would be lost in their digits.
+    down_proj, overlaps (U, k, k) what the mixer returns, per token. A ridge below 1e-4 would be lost in their digits.
     """
     rows = writes.double().T.view(*overlaps.shape[:2], -1, len(writes))                    # (U, k, d, C)
     curvature = torch.einsum("ukl,ukdc,ulec->ude", overlaps, rows, rows)
     mean = float(curvature.diagonal(dim1=1, dim2=2).mean())
-    curvature.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-6) * mean or 1.0)
+    curvature.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-4) * mean or 1.0)
     return torch.linalg.cholesky(curvature)
 
 
@@ -199,6 +199,7 @@ def refit_attention(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, w
         heads = keep_kv_heads(head_importance(squares.sqrt(), W.T, len(W) // size).cpu(), config)
     W = W[channels_of(heads, size).to(W.device)]
     weights = prune_attention(wide, heads, config) | {O_PROJ: stored(W, wide[O_PROJ])}
+    check_finite(weights, where)
     if "values" in parts:
         block = precise(weights, runner)
         attention = block.self_attn
@@ -237,6 +238,7 @@ def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: 
         stay = eliminate(W, P, keep)
         W, channels = W[stay], channels[stay]
         weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
+    check_finite(weights, where)
     if "values" in parts:
         block = precise(weights, runner)
         mlp = block.mlp
