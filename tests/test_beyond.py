@@ -329,6 +329,15 @@ def test_blocks_that_all_write_nothing_can_be_merged(parts):
     assert torch.allclose(xs, before)
 
 
+@pytest.mark.parametrize("parts", [refit.PARTS, refit.QUICK])
+def test_a_fit_that_the_stored_dtype_cannot_hold_is_refused_with_the_groups_name(parts):
+    cfg = tiny.config()
+    members = [{name: tensor.half() for name, tensor in tiny.block(cfg, seed).items()} for seed in (0, 1)]
+    xs = tiny.stream(cfg, 4, 12).float()
+    with pytest.raises(ValueError, match="blocks 3-4: NaN or infinity"):
+        refit.refit_block(members, xs, 1e9 * xs, tiny.runner(cfg, 12, torch.float32), "blocks 3-4", parts=parts)
+
+
 @pytest.mark.parametrize("n, tokens, expected", [(5, None, 5), (32, None, 32), (40, None, 32), (128, None, 32),
                                                  (128, 999, 32), (128, 80, 8), (128, 89, 8), (5, 80, 5), (128, 3, 1)])
 def test_few_windows_are_spread_over_all(n, tokens, expected):
