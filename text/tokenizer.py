@@ -150,18 +150,21 @@ def byte_level(path: Path, ranks: dict[bytes, int], pattern: str, normalize: str
     ids = set(ranks.values())
     if len(ids) != len(ranks) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"{path}: ids of tokens must be different integers")
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"{path}: no token for {len(missing)} of the 256 bytes")
+    # tiktoken wants all 256 bytes; those that the vocabulary lacks get ids above it, which encode leaves out
+    size = max([*ids, *specials.values()]) + 1
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    padded = ranks | {bytes([byte]): size + k for k, byte in enumerate(missing)}
     try:
-        encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken.Encoding(str(path), pat_str=pattern, mergeable_ranks=padded, special_tokens={})
     except Exception as error:  # tiktoken raises bare Exceptions of several kinds
         raise ValueError(f"{path}: not a usable byte-level BPE vocabulary ({error})") from None
     def encode(text: str) -> list[int]:
-        return encoding.encode_ordinary(unicodedata.normalize(normalize, text) if normalize else text)
+        found = encoding.encode_ordinary(unicodedata.normalize(normalize, text) if normalize else text)
+        return [i for i in found if i < size] if missing else found
 
-    def decode(ids: list[int]) -> str:
-        return encoding.decode([i for i in ids if i in ids], errors="replace")
-    return Tokenizer(encode, decode, specials, bos_id, add_bos, max([*ids, *specials.values()]) + 1)
+    def decode(tokens: list[int]) -> str:
+        return encoding.decode([i for i in tokens if i in ids], errors="replace")
+    return Tokenizer(encode, decode, specials, bos_id, add_bos, size)
 
 
 def merge_ranks(path: Path, vocab: dict[str, int], merges: list[list[str]], specials: dict[str, int],
