@@ -8,6 +8,7 @@ The 4-bit rounding stays in the weights, so its perplexity is a little above the
     python -m demo.smollm2              writes out/smollm2
     python flatten.py --ckpt out/smollm2 --ratio 0.2
 """
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -171,13 +172,15 @@ def main() -> None:
             folder.mkdir()
             convert(model, folder)
             (folder / "LICENSE").write_bytes(licence)
-            source = Checkpoint(folder)
-            print(f"wrote {args.out}: {source.config.num_hidden_layers} blocks, {source.size()[0]:,} parameters")
+            (folder / "model.safetensors").chmod((folder / "LICENSE").stat().st_mode)  # written as private
             folder.rename(args.out)
     except BaseException:
-        for path in made:
-            path.rmdir()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
         raise
+    source = Checkpoint(args.out)
+    print(f"wrote {args.out}: {source.config.num_hidden_layers} blocks, {source.size()[0]:,} parameters")
 
 
 if __name__ == "__main__":
