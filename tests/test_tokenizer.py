@@ -107,8 +107,8 @@ def test_llama3_ranks_and_a_tokenizer_json_of_them_agree(tmp_path):
         pre_tokenizers.Split(Regex(LLAMA3_REGEX), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     ours = load_tokenizer(REAL / "llama3")
-    assert len(ours.specials) == 256 and ours.vocab_size == 128256
-    by_id = sorted(ours.specials, key=ours.specials.get)
+    assert len(ours.added) == 256 and ours.vocab_size == 128256
+    by_id = sorted(ours.added, key=lambda name: ours.added[name].id)
     reference.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in by_id])
     reference.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)])])
@@ -124,7 +124,7 @@ def test_llama3_ranks_and_a_tokenizer_json_of_them_agree(tmp_path):
 def test_sentencepiece_ids_equal_sentencepiece(name):
     ours = load_tokenizer(REAL / name)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(REAL / name / "tokenizer.model"))
-    for text in random_texts(500, seed=3, specials=("<s>", "</s>", "<unk>")):
+    for text in random_texts(500, seed=3):
         ids = reference.encode(text)
         assert ours.encode(text) == [1, *ids], repr(text)
         assert ours.decode([1, *ids, 2]) == reference.decode(ids)
@@ -134,12 +134,13 @@ def test_sentencepiece_ids_equal_sentencepiece(name):
 def test_added_tokens_of_a_sentencepiece_checkpoint_are_cut_out_first(tmp_path):
     shutil.copy(REAL / "llama2" / "tokenizer.model", tmp_path)
     config = {"add_bos_token": False, "bos_token": {"content": "<s>"}, "added_tokens_decoder": {
-        "1": {"content": "<s>"}, "2": {"content": "</s>"}, "32000": {"content": "<|im_start|>"}}}
+        "1": {"content": "<s>"}, "2": {"content": "</s>"}, "32010": {"content": "<|im_start|>", "special": True},
+        "32001": {"content": "<think>", "special": False, "normalized": False}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = load_tokenizer(tmp_path)
-    plain = load_tokenizer(REAL / "llama2").encode
-    assert ours.encode("<|im_start|>user</s>hi") == [32000, *plain("user")[1:], 2, *plain("hi")[1:]]
-    assert ours.vocab_size == 32001 and ours.decode([32000, *plain("user")]) == "user"
+    assert ours.encode("<|im_start|>user</s>hi") == [32010, 1792, 2, 2918]  # no space in front of the two
+    assert ours.vocab_size == 32011
+    assert ours.decode([32010, 1404, 32005, 32001, 15043, -1, 32011]) == "user<think> Hello"
 
 
 def small_bpe(tmp_path, pre, **settings):
@@ -176,9 +177,6 @@ def test_gpt2_and_smollm_vocabularies_equal_the_reference(tmp_path, pre):
         assert ours.decode(ours.encode(text)) == reference.decode(reference.encode(text).ids)
 
 
-def test_explicit_bos_settings_decide(tmp_path):
-    small_bpe(tmp_path, gpt2_pre(), add_bos_token=True, bos_token="<|pad|>")
-    assert load_tokenizer(tmp_path).encode("a")[0] == 1
 
 
 def test_merges_out_of_order_are_refused(tmp_path):
@@ -194,7 +192,6 @@ def test_merges_out_of_order_are_refused(tmp_path):
     (lambda d: d["model"].update(type="Unigram"), "Unigram"),
     (lambda d: d["model"].update(byte_fallback=True), "tokenizer.model"),
     (lambda d: d.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-    (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
     (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     (lambda d: d["model"]["vocab"].pop("a"), "vocabulary|bytes"),
     (lambda d: d["model"]["vocab"].update(a=d["model"]["vocab"]["b"]), "different"),
