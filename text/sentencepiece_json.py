@@ -40,18 +40,24 @@ def sentencepiece_model(path: Path, model: dict, special: set[str]) -> bytes:
 def merge_scores(path: Path, model: dict, normal: set[str]) -> dict[str, float]:
     """{piece: score}: minus the place of its first merge. ValueError if sentencepiece would differ.
 
-    It would if a piece's merges did not stand together, or if two pieces could be joined to a third
-    and the file did not list that.
+    It would if the merges to one piece did not stand together, or if two pieces could be joined to
+    a third and the file did not list that. Only runs of spaces may be mixed: LLaMA's all have the
+    same score.
     """
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
              for merge in model["merges"]]
-    order = ["".join(pair) for pair in pairs]
-    scores, listed = {}, set(pairs)
-    for place, piece in enumerate(order):
-        if piece in scores and order[place - 1] != piece:
-            raise ValueError(f"{path}: the merges to {piece!r} do not stand together, as those of "
+    places = {}
+    for place, (left, right) in enumerate(pairs):
+        places.setdefault(left + right, []).append(place)
+    scores, before, start, end = {}, "", 0, -1
+    for piece, found in places.items():
+        if found[0] > end:
+            start = found[0]
+        elif set(before + piece) != {"▁"}:
+            raise ValueError(f"{path}: the merges to {before!r} do not stand together, as those of "
                              "a sentencepiece model do; put its tokenizer.model beside it")
-        scores.setdefault(piece, -float(place))
+        scores[piece], before, end = -float(start), piece, max(end, found[-1])
+    listed = set(pairs)
     for piece in normal:
         for k in range(1, len(piece)):
             if piece[:k] in normal and piece[k:] in normal and (piece[:k], piece[k:]) not in listed:

@@ -46,7 +46,10 @@ class Tokenizer:
         self.split = splitter(self.added, self.normalize)
         self.vocab_size = max([*self.token_bytes, *(token.id for token in self.added.values())]) + 1
         self.special = {token.id for token in self.added.values() if token.special} | {self.bos_id}
-        self.texts = self.token_bytes | {t.id: text.encode() for text, t in self.added.items()}
+        self.texts = dict(self.token_bytes)
+        for text, token in self.added.items():
+            found = self.normalize(text).replace("▁", " ") if token.normalized else text
+            self.texts[token.id] = found.encode()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with BOS in front if that is the habit; added tokens become their ids."""
@@ -108,8 +111,10 @@ def from_sentencepiece(path: Path, data: bytes, settings: dict) -> Tokenizer:
     pieces = {i: model.id_to_piece(i) for i in ids if i not in hidden and not model.is_byte(i)}
     token_bytes = {i: piece.replace("▁", " ").encode() for i, piece in pieces.items()}
     token_bytes |= {i: bytes([int(model.id_to_piece(i)[3:5], 16)]) for i in ids if model.is_byte(i)}
-    own = {model.id_to_piece(i): Added(i) for i in hidden if not model.is_unused(i)}
-    added = added_tokens(settings, own, {piece: i for i, piece in pieces.items()})
+    unknown = named_tokens(settings).get("unk_token", model.id_to_piece(model.unk_id()))
+    own = {model.id_to_piece(i): Added(i) for i in hidden
+           if model.is_control(i) or model.id_to_piece(i) == unknown}
+    added = added_tokens(settings, own, {model.id_to_piece(i): i for i in ids})
     # plain pieces that stand alone in any text are found by sentencepiece itself
     added = {text: token for text, token in added.items() if not (
         token == Added(token.id, special=False, normalized=token.normalized)
@@ -128,8 +133,11 @@ def from_sentencepiece(path: Path, data: bytes, settings: dict) -> Tokenizer:
                  "nowhere": lambda text: text.replace(" ", "▁")}.get(space, str)
     bos = model.bos_id() if model.bos_id() >= 0 else None
     bare = not settings["tokenizer_config"] and bos is not None
+    decoder = steps(settings["tokenizer"].get("decoder"), "decoders")
+    drops = (any(step.get("type") == "Strip" for step in decoder)
+             if space in ("everywhere", "nowhere") else space != "never")
     return Tokenizer(encode, normalize, added, token_bytes, *bos_habit(settings, added, bos, bare),
-                     drops_space=space not in ("never", "nowhere"))
+                     drops_space=drops)
 
 
 def space_in_front(settings: dict) -> str:
@@ -142,17 +150,18 @@ def space_in_front(settings: dict) -> str:
     config, data = settings["tokenizer_config"], settings["tokenizer"]
     if not config and not data:
         return "model"
-    if data and transformers_class(settings) != "LlamaTokenizer":
-        normalizers = steps(data.get("normalizer"), "normalizers")
-        last = steps(data.get("pre_tokenizer"), "pretokenizers")
-        kinds = [step.get("type") for step in normalizers + last]
-        if kinds == ["Metaspace"] and last[0].get("split") is False:
-            given = "always" if last[0].get("add_prefix_space", True) else "never"
-            return last[0].get("prepend_scheme", given)
-        if kinds == ["Prepend", "Replace"]:
-            return "everywhere"
-        if kinds == ["Replace"]:
-            return "nowhere"
+    generic = transformers_class(settings) != "LlamaTokenizer"
+    if generic and (data.get("model") or {}).get("byte_fallback"):
+        found = [*steps(data.get("normalizer"), "normalizers"),
+                 *steps(data.get("pre_tokenizer"), "pretokenizers")]
+        kinds = [step.get("type") for step in found]
+        if kinds == ["Metaspace"] and found[0].get("split") is False:
+            given = "always" if found[0].get("add_prefix_space", True) else "never"
+            return found[0].get("prepend_scheme", given)
+        if kinds in (["Replace"], ["Prepend", "Replace"]):
+            return "nowhere" if len(kinds) == 1 else "everywhere"
+        raise ValueError(f"tokenizer.json: {' + '.join(map(str, kinds)) or None} with byte fallback "
+                         "is not supported, only Metaspace that does not split, or Replace")
     if config.get("add_prefix_space") is False:
         return "never"
     return "always" if config.get("legacy") else "first"
