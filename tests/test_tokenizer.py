@@ -232,3 +232,230 @@ def test_sentencepiece_alone_adds_bos(ckpt):
     tokenizer = load_tokenizer(ckpt)
     assert tokenizer.encode("abc")[0] == tokenizer.bos_id == 1
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+
+
+def added(content, **flags):
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False,
+            "special": True} | flags
+
+
+FLAGGED = {"0": added("<unk>"), "1": added("<s>"), "2": added("</s>"), "32000": added("<user>", rstrip=True),
+           "32001": added("<one>", single_word=True, special=False),
+           "32002": added("<n>", normalized=True, special=False), "32003": added("<think>", special=False),
+           "32004": added("<left>", lstrip=True)}
+TEXTS = ["", "Hello", " Hello", "▁x", "<s>Hi", "a</s>b", "</s> x", "I love you.</s>", "<unk>?", "<user>\nHi there",
+         "x <user> \n Hi<user>Hi <left>", "in 2019 the", "<user><user>", "word<one>word <one> x_<one>", "a <n> b a<n>b",
+         "<think>a</think>", " <s> Hi", "é 🙂\x00\t"]
+BOS_FIRST = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+             "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+
+
+def oracle(folder, config, **files):
+    """What transformers makes of a folder, after the files are written into it."""
+    transformers = pytest.importorskip("transformers")
+    for name, content in {"config": {"model_type": "llama"}, "tokenizer_config": config, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def check_like(reference, ours, texts):
+    for text in texts:
+        ids = reference(text)["input_ids"]
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True), repr(text)
+
+
+@real
+@pytest.mark.parametrize("files", [{}, {"special_tokens_map": {"bos_token": "</s>", "eos_token": added("</s>")}},
+                                   {"added_tokens": {"<think>": 32000, "[PAD]": 32001}}])
+@pytest.mark.parametrize("config", [
+    {"add_bos_token": True}, {"add_bos_token": True, "legacy": True}, {"legacy": None, "pad_token": "[PAD]"},
+    {"add_bos_token": True, "legacy": False, "added_tokens_decoder": FLAGGED}, {"add_prefix_space": False},
+    {"add_bos_token": False, "legacy": True, "added_tokens_decoder": FLAGGED}])
+def test_a_tokenizer_model_with_settings_is_read_as_transformers_does(tmp_path, config, files):
+    """Runs of spaces are left out: transformers 5 joins them in the order of ids, sentencepiece by the model's scores."""
+    pytest.importorskip("google.protobuf")
+    shutil.copy(REAL / "llama2" / "tokenizer.model", tmp_path)
+    reference = oracle(tmp_path, {"tokenizer_class": "LlamaTokenizer", "pad_token": "</s>"} | config, **files)
+    check_like(reference, load_tokenizer(tmp_path), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def llama_json(tmp_path_factory):
+    """tokenizer.json of LLaMA-2, as transformers 5 writes it."""
+    pytest.importorskip("google.protobuf")
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("llama_json")
+    transformers.LlamaTokenizer.from_pretrained(REAL / "llama2").save_pretrained(folder)
+    return json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": BOS_FIRST}
+
+
+PREPEND = {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
+@real
+@pytest.mark.parametrize("config", [
+    {"tokenizer_class": "LlamaTokenizer", "legacy": True}, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
+    {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "bos_token": "</s>", "legacy": True},
+    {"tokenizer_class": "TokenizersBackend", "added_tokens_decoder": {"2": added("</s>", lstrip=True)}}])
+@pytest.mark.parametrize("change", [
+    {}, {"added_tokens": [{"id": int(i)} | token for i, token in FLAGGED.items()]}, {"post_processor": None},
+    {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": PREPEND},
+     "added_tokens": [{"id": int(i)} | token for i, token in FLAGGED.items()]},
+    {"pre_tokenizer": None, "normalizer": PREPEND[1], "decoder": {"type": "Replace", "pattern": {"String": "▁"},
+                                                                   "content": " "}}])
+def test_a_tokenizer_json_with_byte_fallback_is_read_as_transformers_does(tmp_path, llama_json, change, config):
+    reference = oracle(tmp_path, config, tokenizer=llama_json | change)
+    texts = [text for text in TEXTS if "\x00" not in text] if "decoder" in change else TEXTS
+    check_like(reference, load_tokenizer(tmp_path), [*texts, *(" " * n + "x" + " " * n for n in range(2, 40, 3))])
+
+
+@real
+def test_byte_fallback_ids_equal_tokenizers_on_real_text(tmp_path, llama_json):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(llama_json))
+    reference, ours = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), load_tokenizer(tmp_path)
+    c4 = tiny.DATA / "text" / "c4_demo.jsonl"
+    texts = [json.loads(line)["text"] for line in c4.read_text().splitlines()[:100]] if c4.exists() else []
+    wiki, _ = evaluation_text(str(tiny.DATA / "wikitext-2-raw"))
+    for text in [*texts, wiki[:300_000], *random_texts(500, seed=5, specials=("<s>", "</s>", "<unk>"))]:
+        assert ours.encode(text) == reference.encode(text).ids, repr(text[:200])
+
+
+@real
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d["model"]["merges"].pop(5), "tokenizer.model"), (lambda d: d["model"]["vocab"].pop("<0x41>"), "0 to"),
+    (lambda d: d["model"]["merges"].insert(9, d["model"]["merges"].pop(40000)), "stand together"),
+    (lambda d: d["model"]["vocab"].update(x=-1), "0 to"), (lambda d: d["pre_tokenizer"].update(split=True), "Metaspace"),
+    (lambda d: d["model"].update(vocab=[1]), "malformed"), (lambda d: d["model"].update(merges=[3]), "malformed")])
+def test_other_merges_than_a_sentencepiece_model_has_are_refused(tmp_path, llama_json, change, message):
+    data = json.loads(json.dumps(llama_json))
+    change(data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@real
+def test_pieces_of_the_model_that_are_also_added_get_no_space(tmp_path):
+    model, folder = [], tmp_path
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.text().split("\n")), model_writer=type("W", (), {"write": lambda _, b: model.append(b)})(),
+        vocab_size=320, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=list("0123456789"))
+    (folder / "tokenizer.model").write_bytes(b"".join(model))
+    reference = sentencepiece.SentencePieceProcessor(model_proto=b"".join(model))
+    digits = {str(reference.piece_to_id(d)): added(d, special=False) for d in "0123456789"}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": False, "added_tokens_decoder": digits}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = load_tokenizer(folder)
+    for text in ("in 2019 the", "2019", "abc12 3", "a  7"):
+        assert ours.encode(text) == reference.encode(text) and ours.decode(reference.encode(text)) == text
+
+
+@pytest.mark.parametrize("bare", ["llama2", "tiny"])
+def test_a_bare_tokenizer_model_gets_a_config_by_which_transformers_agrees(tmp_path, bare):
+    from text.tokenizer import config_for_transformers
+    pytest.importorskip("google.protobuf")
+    path = REAL / "llama2" / "tokenizer.model"
+    if bare == "llama2" and not path.exists():
+        pytest.skip("needs the real vocabularies")
+    (tmp_path / "tokenizer.model").write_bytes(path.read_bytes() if bare == "llama2" else tiny.tokenizer_model())
+    before, config = load_tokenizer(tmp_path), config_for_transformers(tmp_path)
+    reference, ours = oracle(tmp_path, config), load_tokenizer(tmp_path)
+    assert config_for_transformers(tmp_path) is None
+    for text in ("Hello", "abc def", "a</s>b", "<s>Hi", "I love you.</s>"):
+        assert ours.encode(text) == before.encode(text) == reference(text)["input_ids"]
+    if bare == "llama2":
+        assert ours.encode("I love you.</s>") == [1, 306, 5360, 366, 29889, 2]
+
+
+def edited(tmp_path, change, **settings):
+    """A small GPT-2 kind of tokenizer.json, changed; the reference's reading of it, and of the folder."""
+    small_bpe(tmp_path, gpt2_pre())
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(data)
+    auto = oracle(tmp_path, settings, tokenizer=data)
+    return auto, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+
+def with_flags(data):
+    top = max(token["id"] for token in data["added_tokens"]) + 1
+    extra = [added("<user>", rstrip=True), added("<one>", single_word=True, special=False), added("lead", lstrip=True),
+             added("<n\u00e9>", normalized=True), added("<think>", special=False)]
+    data["added_tokens"] += [{"id": top + k} | token for k, token in enumerate(extra)]
+    data["added_tokens"].append({"id": data["model"]["vocab"]["7"]} | added("7", special=False))
+
+
+def with_template(data):
+    pad = {"<|pad|>": {"id": "<|pad|>", "ids": [1], "tokens": ["<|pad|>"]}}
+    data["post_processor"] = json.loads(json.dumps(BOS_FIRST).replace("<s>", "<|pad|>")) | {"special_tokens": pad}
+
+
+@pytest.mark.parametrize("change, settings", [
+    (with_flags, {}), (lambda d: (with_flags(d), d.update(normalizer={"type": "Sequence", "normalizers": [
+        {"type": "NFC"}]})), {}), (lambda d: d.update(normalizer={"type": "Sequence", "normalizers": []}), {}),
+    (with_template, {"bos_token": "<|endoftext|>"}), (with_template, {"add_bos_token": False}),
+    (lambda d: None, {"add_bos_token": True, "bos_token": "<|pad|>"}),
+    (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), {"add_prefix_space": False}),
+    (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), {"tokenizer_class": "GPT2Tokenizer"}),
+    (lambda d: None, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True})])
+def test_byte_level_folders_are_read_as_transformers_does(tmp_path, change, settings):
+    auto, raw = edited(tmp_path, change, **{"tokenizer_class": "PreTrainedTokenizerFast"} | settings)
+    ours, names = load_tokenizer(tmp_path), ("<|pad|>", "<|late|>", "<one>", "<user>", "lead", "<think>", "7", "ne\u0301>")
+    texts = [*TEXTS, "<n\u00e9> e\u0301<ne\u0301>", *random_texts(80, seed=6, specials=names)]
+    check_like(auto, ours, [text for text in texts if "<n" not in text])
+    for text in texts:
+        assert auto(text)["input_ids"] == ours.encode(text), repr(text)
+    if "GPT2Tokenizer" not in settings.values():
+        assert all(raw.encode(text).ids == ours.encode(text) for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": True, "bos_token": "<|pad|>"},
+                                      {"added_tokens_decoder": {"1": added("<|pad|>", lstrip=True)}}])
+def test_vocab_and_merges_are_read_as_transformers_does(tmp_path, kind, settings):
+    small_bpe(tmp_path, gpt2_pre())
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
+    reference = oracle(tmp_path, {"tokenizer_class": kind} | settings, vocab=model["vocab"])
+    check_like(reference, load_tokenizer(tmp_path), random_texts(60, seed=7, specials=("<|pad|>", "<|endoftext|>")))
+
+
+@pytest.mark.parametrize("pre", [gpt2_pre, smollm_pre])
+def test_bytes_without_a_token_vanish(tmp_path, pre):
+    from tokenizers import Tokenizer, decoders, models, trainers
+    reference = Tokenizer(models.BPE())
+    reference.pre_tokenizer, reference.decoder = pre(), decoders.ByteLevel()
+    reference.train_from_iterator([tiny.text(), "don't 123 4567 é日本 12.5 über"] * 3, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False))
+    reference.save(str(tmp_path / "tokenizer.json"))
+    ours, lost = load_tokenizer(tmp_path), 0
+    for text in random_texts(1500, seed=8, specials=("<|endoftext|>",)):
+        ids = ours.encode(text)
+        assert ids == reference.encode(text).ids, repr(text)
+        assert ours.decode(ids) == reference.decode(ids)
+        lost += ours.decode(ids) != text.replace("<|endoftext|>", "")
+    assert lost > 100  # else no byte was missing
+
+
+def test_ids_in_gaps_are_left_out(tmp_path):
+    edited(tmp_path, lambda d: d["added_tokens"].append({"id": 900} | added("<far>")))
+    ours = load_tokenizer(tmp_path)
+    assert ours.vocab_size == 901 and ours.decode([*ours.encode("a b"), 700, 899, 900, 5000, -3]) == "a b"
+
+
+def test_a_million_spaces_in_one_run_give_one_line(tmp_path):
+    small_bpe(tmp_path, gpt2_pre())
+    with pytest.raises(ValueError, match="run of more than"):
+        load_tokenizer(tmp_path).encode("a" + " " * 1_200_000 + "b")
+
+
+def test_a_bpe_over_letters_says_what_it_is(tmp_path):
+    small_bpe(tmp_path, gpt2_pre())
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["vocab"]["日"] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="letters as they are.*日"):
+        load_tokenizer(tmp_path)

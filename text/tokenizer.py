@@ -160,11 +160,30 @@ def space_in_front(settings: dict) -> str:
             return found[0].get("prepend_scheme", given)
         if kinds in (["Replace"], ["Prepend", "Replace"]):
             return "nowhere" if len(kinds) == 1 else "everywhere"
-        raise ValueError(f"tokenizer.json: {' + '.join(map(str, kinds)) or None} with byte fallback "
-                         "is not supported, only Metaspace that does not split, or Replace")
+        raise ValueError(f"tokenizer.json: {' + '.join(map(str, kinds)) or None} with byte "
+                         "fallback is not supported, only Replace or a Metaspace without split")
     if config.get("add_prefix_space") is False:
         return "never"
     return "always" if config.get("legacy") else "first"
+
+
+def config_for_transformers(folder: Path) -> dict | None:
+    """The tokenizer_config.json by which transformers reads a bare tokenizer.model as we do.
+
+    None if the folder has no sentencepiece model, or has files that already say it.
+    """
+    path = folder / "tokenizer.model"
+    others = ("tokenizer_config.json", "tokenizer.json")
+    if any((folder / name).is_file() for name in others) or not path.is_file():
+        return None
+    data = path.read_bytes()
+    if data[:1] != b"\n":
+        return None
+    tokenizer, model = load_tokenizer(folder), sentencepiece.SentencePieceProcessor(model_proto=data)
+    ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.add_bos,
+            "add_eos_token": False, "add_prefix_space": tokenizer.drops_space, "legacy": False,
+            **{name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}}
 
 
 def from_tiktoken(path: Path, data: bytes, settings: dict) -> Tokenizer:
@@ -216,9 +235,9 @@ def from_tokenizer_json(path: Path, settings: dict) -> Tokenizer:
                                      keep_all=bool(model.get("ignore_merges")))
     if model.get("unk_token") and any(bytes([byte]) not in ranks for byte in range(256)):
         raise ValueError(f"{path}: an unk_token for bytes that have no token is not supported")
-    given = settings["tokenizer_config"].get("add_prefix_space")
-    if given is not None and transformers_class(settings) in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        space = given  # these two classes go by the config, the generic one by tokenizer.json
+    if transformers_class(settings) in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        # these two classes go by the config, the generic one by tokenizer.json
+        space = settings["tokenizer_config"].get("add_prefix_space")
     return byte_level(path, ranks, token_bytes, pattern, "NFC" if normalizers else None, space,
                       added, *bos_habit(settings, added, None, False))
 
@@ -237,12 +256,13 @@ def from_vocab_and_merges(folder: Path, settings: dict) -> Tokenizer:
     merges = [line.split(" ") for line in lines
               if line.strip() and not line.startswith("#version")]
     vocab = read_json(folder / "vocab.json")
-    added = added_tokens(settings, {}, vocab)
+    end = vocab.get("<|endoftext|>")  # special without being named; GPT-2's BOS
+    own = {} if end is None else {"<|endoftext|>": added_token("<|endoftext|>", end, {})}
+    added = added_tokens(settings, own, vocab)
     ranks, token_bytes = merge_ranks(folder / "merges.txt", vocab, merges, added)
-    default = added["<|endoftext|>"].id if pattern == GPT2 and "<|endoftext|>" in added else None
     return byte_level(folder, ranks, token_bytes, pattern, normalize,
                       settings["tokenizer_config"].get("add_prefix_space"), added,
-                      *bos_habit(settings, added, default, False))
+                      *bos_habit(settings, added, end if pattern == GPT2 else None, False))
 
 
 def byte_level(path: Path, ranks: dict[bytes, int], token_bytes: dict[int, bytes], pattern: str,
