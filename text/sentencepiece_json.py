@@ -9,7 +9,8 @@ from pathlib import Path
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6       # the kinds of pieces, as the format numbers them
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"         # behind a model's protobuf: a setting that wins
+# behind a model's protobuf, settings that win: no space put in front of a text, none taken out
+SPACES_AS_THEY_ARE = b"\x1a\x04\x18\x00\x20\x00"
 
 
 def sentencepiece_model(path: Path, model: dict, special: set[str]) -> bytes:
@@ -34,7 +35,7 @@ def sentencepiece_model(path: Path, model: dict, special: set[str]) -> bytes:
                       for piece in sorted(vocab, key=vocab.get))
     trainer = number(3, 2) + number(35, 1)            # BPE, with byte fallback
     trainer += number(40, vocab[unknown]) + field(45, unknown.encode())
-    return pieces + field(2, trainer) + field(3, number(4, 0)) + NO_SPACE_IN_FRONT
+    return pieces + field(2, trainer) + SPACES_AS_THEY_ARE
 
 
 def merge_scores(path: Path, model: dict, normal: set[str]) -> dict[str, float]:

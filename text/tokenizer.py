@@ -18,7 +18,7 @@ import tiktoken
 
 from checkpoint.config import read_json
 from text.added import Added, added_token, splitter
-from text.sentencepiece_json import NO_SPACE_IN_FRONT, sentencepiece_model
+from text.sentencepiece_json import SPACES_AS_THEY_ARE, sentencepiece_model
 
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 LLAMA3 = (ENDINGS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -103,7 +103,7 @@ def from_sentencepiece(path: Path, data: bytes, settings: dict) -> Tokenizer:
     """
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        spaceless = sentencepiece.SentencePieceProcessor(model_proto=data + NO_SPACE_IN_FRONT)
+        spaceless = sentencepiece.SentencePieceProcessor(model_proto=data + SPACES_AS_THEY_ARE)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path} is not a sentencepiece model ({error})") from None
     ids = range(model.vocab_size())
@@ -271,7 +271,8 @@ def byte_level(path: Path, ranks: dict[bytes, int], token_bytes: dict[int, bytes
     """A Tokenizer that runs byte-level BPE in tiktoken.
 
     It splits by `pattern`, then merges the pair of lowest rank first. `space`: a text that does not
-    start with a space gets one. A byte without a token vanishes, as it does in `tokenizers`.
+    start with a space gets one. A byte without a token vanishes, as it does in `tokenizers`; but
+    there its neighbours in the same word may then be merged, here they stay apart.
     """
     if space and pattern != GPT2:
         raise ValueError(f"{path}: add_prefix_space goes with GPT-2's way to split text only")
