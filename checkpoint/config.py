@@ -13,6 +13,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WIDE = "flattened_wide"  # model_type of a checkpoint whose blocks differ in width; see Config.widths
 LIMIT = 64 * 2**20       # bytes; no honest JSON file of a checkpoint is larger
 MOST_BLOCKS = 10_000     # far beyond any model, and few enough to list
+POINTER = b"version https://git-lfs"  # what a file begins with that git-lfs has not fetched yet
 
 # Fields that switch on wiring we do not compute, each with the values under which it is off.
 OFF = {
@@ -30,8 +31,16 @@ ROPE_NUMBERS = {
 }
 
 
+def refuse_pointer(path: Path) -> None:
+    """ValueError if the file is only git-lfs's note of where the file itself is kept."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError names the file if it is too large, not UTF-8, not JSON or not an object."""
+    refuse_pointer(path)
     if path.stat().st_size > LIMIT:
         raise ValueError(f"{path} is larger than {LIMIT >> 20} MB; a checkpoint's JSON files are not")
     try:

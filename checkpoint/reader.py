@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint.config import WIDE, Config, read_json
+from checkpoint.config import WIDE, Config, read_json, refuse_pointer
 
 Weights = dict[str, Tensor]  # checkpoint name -> tensor; inside a block without the "model.layers.N." in front
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,8 +78,7 @@ class Checkpoint:
         if filename not in self._files:
             if not (self.path / path).is_file():
                 raise ValueError(f"{self.path}: {filename} is missing; download the checkpoint again")
-            with open(self.path / path, "rb"):
-                pass  # says so if it may not be read
+            refuse_pointer(self.path / path)  # and an OSError says so if it may not be read
             try:
                 self._files[filename] = safe_open(self.path / path, framework="pt", device="cpu")
             except PermissionError:

@@ -109,6 +109,19 @@ def test_a_corrupt_header_is_refused(ckpt):
     assert "truncated or corrupt" in refusal(ckpt)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00002-of-00002.safetensors",
+                                  "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_named_with_the_command_that_fetches_the_file(ckpt, name):
+    if name.startswith("model") and name != "model.safetensors":
+        shard(ckpt)
+    (ckpt / name).write_text(POINTER)
+    message = refusal(ckpt)
+    assert f"{name} is a git-lfs pointer" in message and "git lfs pull" in message
+
+
 def test_a_missing_shard_is_named(ckpt):
     places = shard(ckpt)
     gone = sorted(set(places.values()))[1]
