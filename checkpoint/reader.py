@@ -14,6 +14,7 @@ from checkpoint.config import WIDE, Config, read_json, refuse_pointer
 Weights = dict[str, Tensor]  # checkpoint name -> tensor; inside a block without the "model.layers.N." in front
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Checkpoint:
@@ -34,10 +35,11 @@ class Checkpoint:
         self.config = Config.read(self.path)
         self.is_wide = self.raw.get("model_type") == WIDE
         self._files = {}
-        self._where = self._locate()                  # tensor name -> open file
+        self._where = self._locate()                  # tensor name -> open file, name in that file
+        if self.config.tie_word_embeddings and HEAD in self._where and TABLE not in self._where:
+            self._where[TABLE] = self._where.pop(HEAD)  # of two names for one tensor, some programs keep this one
         self._check_tensors()
-        name = "model.embed_tokens.weight"
-        self.dtype = DTYPES[self._where[name].get_slice(name).get_dtype()]
+        self.dtype = DTYPES[self._slice(TABLE).get_dtype()]
 
     def block(self, i: int) -> Weights:
         """Block i's tensors under their names inside the block ("self_attn.q_proj.weight"), on the CPU, as stored."""
@@ -46,8 +48,8 @@ class Checkpoint:
     def outer(self) -> Weights:
         """The tensors outside the blocks (embeddings, final norm, head unless tied), on the CPU, as stored."""
         weights = {name: self._read(name) for name in self.config.outer_shapes()}
-        second_copy = "lm_head.weight" in self._where and "lm_head.weight" not in weights
-        if second_copy and not torch.equal(self._read("lm_head.weight"), weights["model.embed_tokens.weight"]):
+        second_copy = HEAD in self._where and HEAD not in weights
+        if second_copy and not torch.equal(self._read(HEAD), weights[TABLE]):
             raise ValueError(f"{self.path}: tie_word_embeddings is true, but lm_head.weight differs from "
                              "model.embed_tokens.weight; set it to false or delete lm_head.weight")
         return weights
@@ -61,12 +63,18 @@ class Checkpoint:
     def size(self) -> tuple[int, int]:
         """(parameters, bytes) of the tensors on disk that the model uses, counted from the files."""
         counts = [(math.prod(piece.get_shape()), DTYPES[piece.get_dtype()].itemsize)
-                  for name in self.expected() for piece in [self._where[name].get_slice(name)]]
+                  for name in self.expected() for piece in [self._slice(name)]]
         return sum(n for n, _ in counts), sum(n * width for n, width in counts)
 
+    def _slice(self, name: str):
+        """A tensor whose shape and dtype are known, and whose values are not read yet."""
+        file, stored = self._where[name]
+        return file.get_slice(stored)
+
     def _read(self, name: str) -> Tensor:
+        file, stored = self._where[name]
         try:
-            return self._where[name].get_tensor(name)
+            return file.get_tensor(stored)
         except SafetensorError as error:
             raise ValueError(f"{self.path}: cannot read {name} ({error})") from None
 
@@ -88,10 +96,10 @@ class Checkpoint:
         return self._files[filename]
 
     def _locate(self) -> dict:
-        """Tensor name -> open file, from the single file or from the index of the shards."""
+        """Tensor name -> (open file, name), from the single file or from the index of the shards."""
         if (self.path / "model.safetensors").is_file():
             file = self._open("model.safetensors")
-            return dict.fromkeys(file.keys(), file)
+            return {name: (file, name) for name in sorted(file.keys())}
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
             pickles = sorted(p.name for pattern in PICKLES for p in self.path.glob(pattern))
@@ -106,16 +114,16 @@ class Checkpoint:
             raise ValueError(f"{index}: weight_map must map tensor names to file names")
         where = {name: self._open(file) for name, file in places.items()}
         present = {name: set(file.keys()) for name, file in self._files.items()}
-        return {name: file for name, file in where.items() if name in present[places[name]]}
+        return {name: (file, name) for name, file in where.items() if name in present[places[name]]}
 
     def _check_tensors(self) -> None:
         """ValueError that lists every missing, unexpected, misshapen or unreadable tensor."""
         expected, found = self.expected(), self._where
         harmless = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # old LLaMA files; recomputed here
-        harmless |= {"lm_head.weight"} & (found.keys() - expected.keys())            # a second copy of a tied head
+        harmless |= {HEAD} & (found.keys() - expected.keys())                        # a second copy of a tied head
         problems = [("missing", sorted(expected.keys() - found.keys())),
                     ("unexpected", sorted(found.keys() - expected.keys() - harmless))]
-        slices = {name: found[name].get_slice(name) for name in sorted(expected.keys() & found.keys())}
+        slices = {name: self._slice(name) for name in sorted(expected.keys() & found.keys())}
         problems.append(("of the wrong shape", [f"{name} {tuple(s.get_shape())} instead of {expected[name]}"
                                                 for name, s in slices.items() if tuple(s.get_shape()) != expected[name]]))
         problems.append((f"of a type other than {'/'.join(DTYPES)}", [f"{name} {s.get_dtype()}" for name, s in slices.items()

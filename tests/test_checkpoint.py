@@ -71,6 +71,25 @@ def test_old_rope_buffers_and_copies_of_a_tied_head_are_harmless(tmp_path):
     assert "lm_head.weight" not in source.outer() and source.size()[0] == source.config.parameters()
 
 
+def test_a_tied_model_that_kept_the_heads_name_is_read_and_written_in_the_usual_form(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    usual = tiny.checkpoint(tmp_path / "usual", tie_word_embeddings=True)
+    path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    edit_weights(path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    source = Checkpoint(path)
+    assert source.size() == Checkpoint(usual).size() and source.dtype == torch.float32
+    assert torch.equal(source.outer()["model.embed_tokens.weight"],
+                       Checkpoint(usual).outer()["model.embed_tokens.weight"])
+    copy(source, tmp_path / "out")
+    written, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", usual))
+    assert written.keys() == before.keys()
+    net, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(net.lm_head.weight, before["model.embed_tokens.weight"])
+    edit_config(path, tie_word_embeddings=False)
+    assert "1 tensors missing: model.embed_tokens.weight" in refusal(path)
+
+
 def test_a_tied_head_that_differs_is_refused(tmp_path):
     path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
     edit_weights(path, lambda t: t.update({"lm_head.weight": torch.ones(300, 32)}))
