@@ -15,13 +15,20 @@ Weights = dict[str, Tensor]  # checkpoint name -> tensor; inside a block without
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SHOWN = 4  # names of a long list
+CONVERT = ("python -c \"from transformers import AutoModelForCausalLM as M; "
+           "M.from_pretrained('OLD').save_pretrained('NEW')\"")
+MERGE = ("python -c \"from peft import AutoPeftModelForCausalLM as M; "
+         "M.from_pretrained('OLD').merge_and_unload().save_pretrained('NEW')\"")
+FIRST = "layers.0.input_layernorm.weight"  # every model has it, so what stands before it is the prefix of all names
+WRAPPERS = {"_orig_mod.": "model._orig_mod", "module.": "model.module", "base_model.": "model.merge_and_unload()"}
 
 
 class Checkpoint:
     """A checkpoint folder whose config, files, names, shapes and dtypes have been checked; no tensor is read yet.
 
     Errors are ValueErrors of one line: not a checkpoint, unsupported wiring (which field), a missing or corrupt file,
-    and all missing, unexpected and misshapen tensors at once.
+    and how many tensors are missing, unexpected and misshapen, all at once.
     """
 
     def __init__(self, path: str | Path):
@@ -30,6 +37,7 @@ class Checkpoint:
             what = "not a" if self.path.exists() else "no such"
             raise ValueError(f"{path!s:.200}: {what} folder; expected one with config.json and *.safetensors files")
         if not (self.path / "config.json").is_file():
+            self._refuse_adapter()
             raise ValueError(f"{path} is not a checkpoint: it has no config.json")
         self.raw = read_json(self.path / "config.json")
         self.config = Config.read(self.path)
@@ -102,12 +110,12 @@ class Checkpoint:
             return {name: (file, name) for name in sorted(file.keys())}
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
+            self._refuse_adapter()
             pickles = sorted(p.name for pattern in PICKLES for p in self.path.glob(pattern))
             if pickles:
                 raise ValueError(
                     f"{self.path} holds only pickle files ({pickles[0]}), which can run code and are never opened; convert "
-                    "them where you trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
-                    "M.from_pretrained('OLD').save_pretrained('NEW')\"")
+                    f"them where you trust them: {CONVERT}")
             raise ValueError(f"{self.path} is not a checkpoint: neither model.safetensors nor {index.name} is there")
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
@@ -116,8 +124,30 @@ class Checkpoint:
         present = {name: set(file.keys()) for name, file in self._files.items()}
         return {name: (file, name) for name, file in where.items() if name in present[places[name]]}
 
+    def _refuse_adapter(self) -> None:
+        """ValueError if the folder holds a LoRA adapter, which is a difference from a model and not one."""
+        if any((self.path / f"adapter_{name}").is_file() for name in ("config.json", "model.safetensors")):
+            raise ValueError(f"{self.path} holds an adapter (PEFT, LoRA), not a model; merge it with its model first: "
+                             f"{MERGE}, and put the tokenizer's files there")
+
+    def _check_prefix(self) -> None:
+        """ValueError if all names have something other than "model." in front, as wrapped models' have."""
+        prefixes = {name.removesuffix(FIRST) for name in self._where if name.endswith(FIRST)}
+        if not prefixes or "model." in prefixes:
+            return
+        prefix, what = min(prefixes), f"{self.path}: the names of its {len(self._where)} tensors "
+        if not prefix:
+            save = f"put it there: {CONVERT}" if self.config.tie_word_embeddings else \
+                "save the whole model, with its head (AutoModelForCausalLM), not its base"
+            raise ValueError(f'{what}lack the "model." in front ({some(sorted(self._where))}); {save}')
+        foreign = prefix.removesuffix("model.")
+        inner = next((inner for name, inner in WRAPPERS.items() if name in foreign), "the model inside")
+        raise ValueError(f"{what}have {foreign!r} in front, a wrapper's ({some(sorted(self._where))}); save {inner} "
+                         "with save_pretrained('NEW'), or rename the tensors")
+
     def _check_tensors(self) -> None:
-        """ValueError that lists every missing, unexpected, misshapen or unreadable tensor."""
+        """ValueError that counts and names the missing, unexpected, misshapen and unreadable tensors."""
+        self._check_prefix()
         expected, found = self.expected(), self._where
         harmless = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # old LLaMA files; recomputed here
         harmless |= {HEAD} & (found.keys() - expected.keys())                        # a second copy of a tied head
@@ -128,5 +158,10 @@ class Checkpoint:
                                                 for name, s in slices.items() if tuple(s.get_shape()) != expected[name]]))
         problems.append((f"of a type other than {'/'.join(DTYPES)}", [f"{name} {s.get_dtype()}" for name, s in slices.items()
                                                                      if s.get_dtype() not in DTYPES]))
-        if report := [f"{len(names)} tensors {what}: {', '.join(names)}" for what, names in problems if names]:
+        if report := [f"{len(names)} tensors {what}: {some(names)}" for what, names in problems if names]:
             raise ValueError(f"{self.path}: the files do not hold what config.json describes; {'; '.join(report)}")
+
+
+def some(names: list[str]) -> str:
+    """The names with commas between; of a long list the first few."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -63,6 +63,43 @@ def test_all_wrong_tensors_are_listed_in_one_error(ckpt):
         assert part in message
 
 
+def test_of_many_wrong_tensors_the_first_few_are_named_and_all_are_counted(ckpt):
+    edit_config(ckpt, num_hidden_layers=100)
+    message = refusal(ckpt)
+    assert "1140 tensors missing: model.layers.10.input_layernorm.weight, " in message and len(message) < 500
+
+
+@pytest.mark.parametrize("prefix, advice", [
+    ("_orig_mod.", "save model._orig_mod with"), ("module.", "save model.module with"),
+    ("base_model.model.", "save model.merge_and_unload() with"), ("encoder.", "save the model inside with")])
+def test_a_foreign_prefix_is_named(ckpt, prefix, advice):
+    edit_weights(ckpt, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
+    message = refusal(ckpt)
+    assert f"its 63 tensors have '{prefix}' in front" in message and advice in message and len(message) < 500
+
+
+@pytest.mark.parametrize("tied, advice", [(True, "from_pretrained"), (False, "with its head")])
+def test_the_base_of_a_model_without_its_prefix_is_refused_with_what_to_do(tmp_path, tied, advice):
+    transformers = pytest.importorskip("transformers")
+    path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=tied)
+    transformers.AutoModel.from_pretrained(path).save_pretrained(tmp_path / "base")
+    message = refusal(tmp_path / "base")
+    assert 'lack the "model." in front' in message and advice in message and len(message) < 500
+
+
+@pytest.mark.parametrize("files", [["adapter_config.json", "adapter_model.safetensors"],
+                                   ["config.json", "adapter_config.json"]])
+def test_an_adapter_is_told_from_a_model(ckpt, files):
+    for name in {"config.json", "model.safetensors"} - set(files):
+        (ckpt / name).unlink()
+    for name in files:
+        (ckpt / name).touch()
+    if "config.json" in files:
+        (ckpt / "config.json").write_text(json.dumps(tiny.RAW))
+    message = refusal(ckpt)
+    assert "adapter" in message and "merge_and_unload" in message
+
+
 def test_old_rope_buffers_and_copies_of_a_tied_head_are_harmless(tmp_path):
     path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
     edit_weights(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
