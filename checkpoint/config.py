@@ -189,9 +189,11 @@ def rope(raw: dict) -> tuple[float, dict | None]:
 
 
 def attention_kinds(raw: dict, model_type: str, layers: int) -> tuple[int | None, tuple[str, ...]]:
-    """(sliding window or None, kind of attention of each block). A window that no block uses is None."""
-    default = None if model_type == "llama" else 4096
-    window = raw.get("sliding_window", default)
+    """(sliding window or None, kind of attention of each block). A window that no block uses is None.
+
+    LLaMA's code never looks at these fields: all its blocks see the whole text, whatever config.json says.
+    """
+    window = raw.get("sliding_window", 4096)
     first = 0  # the first block that slides
     if model_type in ("qwen2", "qwen3"):
         window = window if raw.get("use_sliding_window", False) else None
@@ -205,9 +207,11 @@ def attention_kinds(raw: dict, model_type: str, layers: int) -> tuple[int | None
     if not isinstance(types, list) or len(types) != layers or not all(kind in kinds for kind in types):
         raise ValueError(f"layer_types must hold {layers} times full_attention or sliding_attention; "
                          f"got {json.dumps(types)[:80]}")
+    if model_type == "llama":
+        return None, ("full_attention",) * layers
     if "sliding_attention" not in types:
         return None, tuple(types)
-    return size(raw, "sliding_window", default), tuple(types)
+    return size(raw, "sliding_window", 4096), tuple(types)
 
 
 def block_widths(raw: dict, layers: int) -> tuple[int, ...]:

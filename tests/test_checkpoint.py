@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer
+from model import load
 
 
 def shard(path):
@@ -236,6 +237,17 @@ def test_nonsense_in_config_is_refused_with_the_name_of_its_field(ckpt, field, v
 def test_a_broken_config_is_refused(ckpt, content):
     (ckpt / "config.json").write_bytes(content)
     assert "config.json" in refusal(ckpt)
+
+
+@pytest.mark.parametrize("types", [None, ["sliding_attention", "full_attention"] * 2 + ["full_attention"]])
+def test_a_sliding_window_of_llama_is_ignored_as_transformers_ignores_it(tmp_path, types):
+    transformers = pytest.importorskip("transformers")
+    path = tiny.checkpoint(tmp_path / "m", model_type="llama", architectures=["LlamaForCausalLM"], num_attention_heads=4,
+                           sliding_window=8, layer_types=types)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(path)(ids).logits
+        torch.testing.assert_close(load(path)(ids), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_sizes_are_checked_before_memory_is_taken(ckpt):
