@@ -128,11 +128,11 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048, l
     for source, kind in zip(sources, dtypes, strict=True):
         score = perplexity(source.path, text, window, limit, device, kind, stream)
         parameters, size = source.size()
-        rows.append(f"| {source.path.resolve().name} | {parameters:,} | {source.config.num_hidden_layers} | "
+        rows.append(f"| {source.name} | {parameters:,} | {source.config.num_hidden_layers} | "
                     f"{size / 1e6:,.1f} MB | {score.perplexity:.4f} | {score.windows * window / score.seconds:,.0f} |")
         context = source.config.max_position_embeddings
         if context and window > context:
-            rows.append(f"({source.path.name} was made for at most {context} tokens: --window {context})")
+            rows.append(f"({source.name} was made for at most {context} tokens: --window {context})")
         subset = f", SUBSET: the first {score.windows} windows only" if limit else ""
         rows.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}{subset})")
     print(f"\nperplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own BOS at the start of the text"
@@ -142,7 +142,7 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048, l
     print("\n".join([line for line in rows if line.startswith("|")] + list(dict.fromkeys(notes))))
     for source, kind in zip(sources, dtypes, strict=True):
         if prompt:
-            print(f"\n{source.path.name}: {sample(source.path, prompt, device, kind)}")
+            print(f"\n{source.name}: {sample(source.path, prompt, device, kind)}")
 
 
 def main() -> None:

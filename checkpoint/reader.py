@@ -39,6 +39,8 @@ class Checkpoint:
         if not (self.path / "config.json").is_file():
             self._refuse_adapter()
             raise ValueError(f"{path} is not a checkpoint: it has no config.json")
+        self.hub_id = hub_id(self.path)
+        self.name = (self.hub_id or self.path.resolve().name).split("/")[-1]  # for outputs and rows of tables
         self.raw = read_json(self.path / "config.json")
         self.config = Config.read(self.path)
         self.is_wide = self.raw.get("model_type") == WIDE
@@ -165,3 +167,10 @@ class Checkpoint:
 def some(names: list[str]) -> str:
     """The names with commas between; of a long list the first few."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def hub_id(path: Path) -> str | None:
+    """ORG/NAME if the folder is of the hub's cache (models--ORG--NAME/snapshots/HASH, or called models--ORG--NAME)."""
+    path = path.resolve()
+    name = (path.parents[1] if path.parent.name == "snapshots" else path).name
+    return name.removeprefix("models--").replace("--", "/") if name.startswith("models--") else None

@@ -1,6 +1,7 @@
 """Whatever is wrong with a checkpoint folder is said in one line, before anything is computed or written."""
 import json
 import os
+import shutil
 
 import pytest
 import tiny
@@ -365,13 +366,23 @@ def test_if_replacing_fails_the_earlier_result_is_put_back(ckpt, tmp_path, monke
     assert (out / "mark").read_text() == "old" and os.listdir(out.parent) == ["out"]
 
 
-def test_shards_may_be_links_as_in_a_hub_cache(ckpt, tmp_path):
-    places = shard(ckpt)
-    (tmp_path / "blobs").mkdir()
-    for name in set(places.values()):
-        (ckpt / name).rename(tmp_path / "blobs" / name)
-        (ckpt / name).symlink_to(tmp_path / "blobs" / name)
-    assert Checkpoint(ckpt).size()[0] == Checkpoint(ckpt).config.parameters()
+def test_a_hub_caches_links_are_read_and_copied_as_the_files_they_lead_to(ckpt, tmp_path):
+    shard(ckpt)
+    source = Checkpoint(tiny.hub_cache(ckpt, tmp_path / "hub"))
+    assert source.size()[0] == source.config.parameters()
+    copy(source, tmp_path / "out")
+    shutil.rmtree(tmp_path / "hub")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tiny.tokenizer_model()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_checkpoint_is_named_after_its_folder_and_in_a_hub_cache_after_the_model(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(ckpt)
+    assert (Checkpoint(".").name, Checkpoint(".").hub_id) == ("tiny", None)
+    source = Checkpoint(tiny.hub_cache(ckpt, tmp_path / "hub"))
+    assert (source.name, source.hub_id) == ("Tiny-1B", "org/Tiny-1B")
+    shutil.copytree(source.path, tmp_path / "models--other--Name")
+    assert Checkpoint(tmp_path / "models--other--Name").hub_id == "other/Name"
 
 
 def test_output_and_input_may_not_overlap(ckpt, tmp_path):

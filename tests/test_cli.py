@@ -153,6 +153,14 @@ def test_perplexity_is_compared_at_the_end_and_explain_says_more(tmp_path, ckpt,
     assert "effective dimensions" in out and "text.txt, last 10%" in out
 
 
+def test_a_model_in_a_hub_cache_gives_its_name_to_outputs_and_rows(tmp_path, ckpt, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = run(flatten.main, "--ckpt", tiny.hub_cache(ckpt, tmp_path / "hub"), "--ratio", 0.3, *SHORT[:-1])
+    rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
+    assert rows == ["| checkpoint", "| Tiny-1B", "| Tiny-1B-flat-0.3"]
+    assert os.listdir("out") == ["Tiny-1B-flat-0.3"]
+
+
 def test_calibrate_prints_the_motivation_and_saves_S(tmp_path, ckpt, run):
     out = run(calibrate.main, "--ckpt", ckpt, "--out", tmp_path / "S.npy", *SHORT[:-1])
     assert all(word in out for word in ("variance", "|attention|", "|MLP|", "similarity"))

@@ -139,8 +139,8 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
             cells = [with_error(100 * hits, 2) for hits in found.values()]
             loss = with_error(right_losses(asked, scores, [len(continuation) for _, continuation in pairs]), 4)
             quoted[name] = 100 * float(found[TASKS[name].metric].mean())
-            print(f"| {source.path.resolve().name} | {name} | {len(asked)} | {' | '.join(cells)} | {TASKS[name].metric} | "
+            print(f"| {source.name} | {name} | {len(asked)} | {' | '.join(cells)} | {TASKS[name].metric} | "
                   f"{loss} |", flush=True)
         if set(FIVE) <= quoted.keys():
-            print(f"| {source.path.resolve().name} | average of five | | | {sum(quoted[name] for name in FIVE) / 5:.2f} | "
+            print(f"| {source.name} | average of five | | | {sum(quoted[name] for name in FIVE) / 5:.2f} | "
                   "acc_norm, WinoGrande acc | |")
