@@ -289,10 +289,60 @@ def test_a_written_copy_is_bit_identical_and_leaves_nothing_beside_it(ckpt, tmp_
     copy(Checkpoint(ckpt), out)
     assert sorted(os.listdir(out.parent)) == ["copy"]
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # the weights are as readable as the rest
-    assert sorted(os.listdir(out)) == ["config.json", "flatten.json", "generation_config.json", "model.safetensors",
-                                       "tokenizer.model"]
+    assert sorted(os.listdir(out)) == ["README.md", "config.json", "flatten.json", "generation_config.json",
+                                       "model.safetensors", "tokenizer.model"]
     before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_licenses_and_templates_are_copied_whatever_the_case_of_their_names(ckpt, tmp_path):
+    copied = ["License.txt", "notice", "tekken.json", "Use_Policy.md", "chat_template.jinja",
+              "additional_chat_templates/tool_use.jinja"]
+    others = ["README.md", "tokenizer_fast.py", "modeling.py", "additional_chat_templates/x.py", "original/params.json"]
+    for name in copied + others:
+        (ckpt / name).parent.mkdir(exist_ok=True)
+        (ckpt / name).write_text(name)
+    copy(Checkpoint(ckpt), tmp_path / "out")
+    assert all((tmp_path / "out" / name).read_text() == name for name in copied)
+    assert not any((tmp_path / "out" / name).exists() for name in others[1:])
+    assert (tmp_path / "out" / "README.md").read_text() != "README.md"
+    assert os.access(tmp_path / "out" / "additional_chat_templates", os.X_OK)
+
+
+def test_a_result_names_no_code_and_no_folder_that_it_was_not_given(ckpt, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    names = {"auto_map": {"AutoConfig": "configuration.Custom", "AutoModelForCausalLM": "modeling.Custom"},
+             "_name_or_path": "/home/someone", "_model_name_or_path": "/home/someone"}
+    edit_config(ckpt, **names)
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization.Custom", None]}, "tokenizer_class": "LlamaTokenizer"}
+    (ckpt / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    copy(Checkpoint(ckpt), out)
+    assert not names.keys() & json.loads((out / "config.json").read_text()).keys()
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"tokenizer_class": "LlamaTokenizer"}
+    ids = torch.arange(3, 20)[None]
+    net = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids).logits, load(out)(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_card_says_what_was_done_and_how_to_load_it(ckpt, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    out, source = tmp_path / "out", Checkpoint(tiny.hub_cache(ckpt, tmp_path / "hub"))
+    with Writer(out, source) as writer:
+        for i in (0, 2, 4):
+            writer.add(source.block(i))
+        groups = [[0], [1, 2], [3, 4]]
+        record = {"method": "joined", "ratio_asked": 0.25, "command": "python flatten.py --ckpt x",
+                  "groups": [{"blocks": blocks} for blocks in groups]}
+        record = writer.finish(groups, record)
+    _, front, card = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {"base_model": "org/Tiny-1B", "library_name": "transformers",
+                                     "pipeline_tag": "text-generation", "tags": ["flattengpt", "depth-compression"]}
+    for part in ("# Tiny-1B with 3 blocks", "method: joined", f"{record['ratio_reached']:.4f}", "(asked: 0.25)",
+                 "blocks joined: 1+2, 3+4", "`python flatten.py --ckpt x`", 'from_pretrained("this/folder")'):
+        assert part in card
+    assert json.loads((out / "flatten.json").read_text())["base_model"] == "org/Tiny-1B"
 
 
 def test_large_results_are_sharded_with_an_index(ckpt, tmp_path, monkeypatch):

@@ -1,0 +1,71 @@
+"""What stands beside the weights of a result: files copied from its source, and a model card of its own."""
+import json
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from checkpoint.config import WIDE, read_json
+
+COPIED = ("tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "added_tokens.json",
+          "special_tokens_map.json", "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json",
+          "license*", "licence*", "notice*", "use_policy*")  # whatever the case of their letters
+
+CARD = """\
+---
+{yaml}
+---
+
+# {name} with {blocks} blocks
+
+{name} made shallower: neighbouring blocks are joined, or some are left out. The license of {name} holds.
+
+{facts}
+
+{load}
+
+`flatten.json` records the whole run.
+"""
+LOAD = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder")
+```"""
+LOAD_WIDE = "Its blocks are wider than a library expects: `python prune.py --ckpt this/folder` makes them ordinary."
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy tokenizer, templates and licenses, but no code, and nothing that would ask for code: auto_map."""
+    for path in sorted([*source.glob("*"), *source.glob("additional_chat_templates/*")]):
+        name = path.relative_to(source)
+        wanted = any(fnmatchcase(name.as_posix().lower(), pattern) for pattern in COPIED)
+        if wanted and path.is_file() and path.suffix != ".py":
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)  # of a link, what it leads to
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and (settings := read_json(path)).pop("auto_map", None):
+        write_json(path, settings)
+
+
+def model_card(name: str, config: dict, record: dict) -> str:
+    """README.md of a result, from its config.json and its record; `name` is the source's."""
+    wide = config["model_type"] == WIDE
+    base = {"base_model": record["base_model"]} if "base_model" in record else {}
+    about = base | ({} if wide else {"library_name": "transformers"}) | {
+        "pipeline_tag": "text-generation", "tags": ["flattengpt", "depth-compression"]}
+    joined = ["+".join(map(str, group["blocks"])) for group in record.get("groups", []) if len(group["blocks"]) > 1]
+    facts = {"method": record.get("method"),
+             "parameters": f"{record['parameters_before']:,} before, {record['parameters_after']:,} after",
+             "ratio": f"{record['ratio_reached']:.4f} of all parameters removed"
+                      + (f" (asked: {record['ratio_asked']})" if "ratio_asked" in record else ""),
+             "blocks joined": ", ".join(joined),
+             "command": f"`{record['command']}`" if "command" in record else None}
+    return CARD.format(yaml="\n".join(f"{key}: {json.dumps(value)}" for key, value in about.items()), name=name,
+                       blocks=config["num_hidden_layers"], load=LOAD_WIDE if wide else LOAD,
+                       facts="\n".join(f"- {key}: {value}" for key, value in facts.items() if value))
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Readable JSON with the keys in the order given."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
