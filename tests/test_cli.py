@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import calibrate
+import evaluate
 import flatten
 import prune
+from baselines import compare
 from checkpoint.reader import Checkpoint
 from model import generate, load
 
@@ -372,3 +374,28 @@ def test_help_works_from_anywhere(tmp_path, script):
 def test_a_mistyped_option_is_one_line(cli, arguments):
     code, out, err = cli(flatten.main, *arguments)
     assert code == 2 and err.count("\n") == 1 and "--help" in err and not out
+
+
+@pytest.mark.parametrize("script, hint", [
+    (flatten, "try fewer --samples or a smaller --length or --max-group 2: "),
+    (calibrate, "try fewer --samples or a smaller --length: "), (evaluate, "try a smaller --window or --stream: "),
+    (compare, "try fewer --samples or a smaller --length: ")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")])
+def test_without_memory_the_options_that_need_less_are_named(cli, ckpt, monkeypatch, script, hint, error):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(script, "Checkpoint", fail)
+    code, _, err = cli(script.main, "--ckpt", ckpt)
+    assert code == 2 and err.startswith(f"error: not enough memory; {hint}") and err.count("\n") == 1
+
+
+def test_other_errors_of_a_library_are_bugs_and_keep_their_traceback(cli, ckpt, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE")
+    monkeypatch.setattr(flatten, "Checkpoint", fail)
+    with pytest.raises(RuntimeError, match="INVALID_VALUE"):
+        cli(flatten.main, "--ckpt", ckpt)
