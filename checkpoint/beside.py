@@ -1,8 +1,10 @@
-"""What stands beside the weights of a result: files copied from its source, and a model card of its own."""
+"""What stands beside the weights of a result: files copied from its source, and what libraries and readers miss there."""
 import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+import sentencepiece
 
 from checkpoint.config import WIDE, read_json
 
@@ -30,22 +32,42 @@ LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder")
-tokenizer = AutoTokenizer.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder")  # a tokenizer.model needs protobuf, too
 ```"""
 LOAD_WIDE = "Its blocks are wider than a library expects: `python prune.py --ckpt this/folder` makes them ordinary."
 
 
 def copy_beside(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates and licenses, but no code, and nothing that would ask for code: auto_map."""
+    """Copy tokenizer, templates and licenses, but no code, and nothing that would ask for code: auto_map.
+
+    A sentencepiece model that stands alone gets a tokenizer_config.json.
+    """
     for path in sorted([*source.glob("*"), *source.glob("additional_chat_templates/*")]):
         name = path.relative_to(source)
         wanted = any(fnmatchcase(name.as_posix().lower(), pattern) for pattern in COPIED)
         if wanted and path.is_file() and path.suffix != ".py":
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)  # of a link, what it leads to
-    path = folder / "tokenizer_config.json"
-    if path.is_file() and (settings := read_json(path)).pop("auto_map", None):
-        write_json(path, settings)
+    path, model = folder / "tokenizer_config.json", folder / "tokenizer.model"
+    if path.is_file():
+        if (settings := read_json(path)).pop("auto_map", None):
+            write_json(path, settings)
+    elif not (folder / "tokenizer.json").is_file() and model.is_file() and (data := model.read_bytes())[:1] == b"\n":
+        write_json(path, tokenizer_config(data, named=(folder / "special_tokens_map.json").is_file()))
+
+
+def tokenizer_config(model: bytes, named: bool = False) -> dict:
+    """What a sentencepiece model says of itself, in the form of tokenizer_config.json.
+
+    Without that file transformers adds no BOS. `named`: another file names the special tokens.
+    """
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    bos, eos, unk = tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()
+    names = {"bos_token": bos, "eos_token": eos, "unk_token": unk} if not named else {}
+    space = "".join(tokenizer.encode_as_pieces("x")).startswith("▁")
+    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": bos >= 0, "add_eos_token": False,
+            "add_prefix_space": space, "legacy": False,
+            **{name: tokenizer.id_to_piece(i) for name, i in names.items() if i >= 0}}
 
 
 def model_card(name: str, config: dict, record: dict) -> str:

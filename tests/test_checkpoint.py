@@ -1,17 +1,22 @@
 """Whatever is wrong with a checkpoint folder is said in one line, before anything is computed or written."""
+import io
 import json
 import os
 import shutil
 
 import pytest
+import sentencepiece
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint.beside import tokenizer_config
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer
+from demo.tour import BUNDLED
 from model import load
+from text.tokenizer import load_tokenizer
 
 
 def shard(path):
@@ -290,7 +295,7 @@ def test_a_written_copy_is_bit_identical_and_leaves_nothing_beside_it(ckpt, tmp_
     assert sorted(os.listdir(out.parent)) == ["copy"]
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # the weights are as readable as the rest
     assert sorted(os.listdir(out)) == ["README.md", "config.json", "flatten.json", "generation_config.json",
-                                       "model.safetensors", "tokenizer.model"]
+                                       "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
     before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -324,6 +329,60 @@ def test_a_result_names_no_code_and_no_folder_that_it_was_not_given(ckpt, tmp_pa
     net = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     with torch.no_grad():
         torch.testing.assert_close(net(ids).logits, load(out)(ids), atol=1e-4, rtol=1e-4)
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
+
+
+def llama_kind(folder):
+    """A folder whose only tokenizer file is a tokenizer.model as LLaMA-2's: every space is kept, one is put in front."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.text().split("\n")), model_writer=model, vocab_size=400, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    tiny.checkpoint(folder, **LLAMA)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+def real_llama2(folder):
+    if not tiny.DATA.exists():
+        pytest.skip("needs LLaMA-2's tokenizer.model")
+    shutil.copy(tiny.DATA / "tokenizers" / "llama2" / "tokenizer.model", tiny.checkpoint(folder, **LLAMA))
+    return folder
+
+
+def alpaca_kind(folder):
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>")
+    (llama_kind(folder) / "special_tokens_map.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.mark.parametrize("make", [lambda folder: BUNDLED, llama_kind, alpaca_kind, real_llama2])
+def test_the_tokenizer_of_a_result_reads_alike_in_transformers(tmp_path, make):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")  # by which transformers reads tokenizer.model
+    source = Checkpoint(make(tmp_path / "m"))
+    copy(source, tmp_path / "out")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    for text in ("kabe fonad", " one space", "   three", "\n a line\nand\n\nmore\n", "a</s>b", "<s> <unk> x", "<s>",
+                 "  <s>", "</s>\n", "é😀\t\x00", "▁a", ""):
+        assert theirs(text).input_ids == ours.encode(text), text
+    assert ours.encode("a")[0] == load_tokenizer(source.path).encode("a")[0] == theirs.bos_token_id
+
+
+def test_a_tokenizers_own_settings_are_left_as_they_are(ckpt, tmp_path):
+    for name, given in (("tokenizer_config.json", '{"add_bos_token":  false}'), ("tokenizer.json", '{"model": {}}')):
+        (ckpt / name).write_text(given)
+        copy(Checkpoint(ckpt), tmp_path / name)
+        assert (tmp_path / name / name).read_text() == given
+        (ckpt / name).unlink()
+    assert not (tmp_path / "tokenizer.json" / "tokenizer_config.json").exists()
+
+
+def test_the_bundled_checkpoint_describes_its_tokenizer_as_the_writer_would(tmp_path):
+    given = json.loads((BUNDLED / "tokenizer_config.json").read_text())
+    assert given == tokenizer_config((BUNDLED / "tokenizer.model").read_bytes()) and given["add_prefix_space"] is False
 
 
 def test_the_model_card_says_what_was_done_and_how_to_load_it(ckpt, tmp_path):
