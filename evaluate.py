@@ -154,8 +154,9 @@ def main() -> None:
     parser.add_argument("--tasks", help="zero-shot accuracy instead of perplexity: names with commas between, of piqa, "
                                         "winogrande, hellaswag, arc_easy, arc_challenge, openbookqa, boolq")
     parser.add_argument("--limit", type=int, help="only so many questions of each task: quicker, and not the field's number")
-    parser.add_argument("--bos", choices=("own", "never"), help="BOS in front of each question: the tokenizer's own habit "
-                        "(default, as lm-evaluation-harness since autumn 2025), or never, as before")
+    parser.add_argument("--bos", choices=("own", "never"),
+                        help="BOS in front of each question: the tokenizer's own habit (default, as "
+                             "lm-evaluation-harness since autumn 2025), or never, as before")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window (default 2048)")
     parser.add_argument("--max-windows", type=int, help="only so many windows: quicker, and not the field's number")
     parser.add_argument("--stream", action="store_true", help="one block in memory at a time; the same numbers")

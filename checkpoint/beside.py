@@ -1,4 +1,4 @@
-"""What stands beside the weights of a result: files copied from its source, and what libraries and readers miss there."""
+"""What stands beside the weights of a result: files copied from its source, and those it lacks."""
 import json
 import shutil
 from fnmatch import fnmatchcase
@@ -8,8 +8,9 @@ import sentencepiece
 
 from checkpoint.config import WIDE, read_json
 
-COPIED = ("tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "added_tokens.json",
-          "special_tokens_map.json", "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json",
+COPIED = ("tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt",
+          "added_tokens.json", "special_tokens_map.json", "chat_template*",
+          "additional_chat_templates/*.jinja", "generation_config.json",
           "license*", "licence*", "notice*", "use_policy*")  # whatever the case of their letters
 
 CARD = """\
@@ -19,7 +20,8 @@ CARD = """\
 
 # {name} with {blocks} blocks
 
-{name} made shallower: neighbouring blocks are joined, or some are left out. The license of {name} holds.
+{name} made shallower: neighbouring blocks are joined, or some are left out.
+The license of {name} holds.
 
 {facts}
 
@@ -34,11 +36,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("this/folder")
 tokenizer = AutoTokenizer.from_pretrained("this/folder")  # a tokenizer.model needs protobuf, too
 ```"""
-LOAD_WIDE = "Its blocks are wider than a library expects: `python prune.py --ckpt this/folder` makes them ordinary."
+LOAD_WIDE = ("Its blocks are wider than a library expects: `python prune.py --ckpt this/folder` makes "
+             "them ordinary.")
 
 
 def copy_beside(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates and licenses, but no code, and nothing that would ask for code: auto_map.
+    """Copy tokenizer, templates and licenses, but no code, nor auto_map, which would ask for code.
 
     A sentencepiece model that stands alone gets a tokenizer_config.json.
     """
@@ -49,11 +52,13 @@ def copy_beside(source: Path, folder: Path) -> None:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)  # of a link, what it leads to
     path, model = folder / "tokenizer_config.json", folder / "tokenizer.model"
+    alone = not (folder / "tokenizer.json").is_file() and model.is_file()
     if path.is_file():
         if (settings := read_json(path)).pop("auto_map", None):
             write_json(path, settings)
-    elif not (folder / "tokenizer.json").is_file() and model.is_file() and (data := model.read_bytes())[:1] == b"\n":
-        write_json(path, tokenizer_config(data, named=(folder / "special_tokens_map.json").is_file()))
+    elif alone and (data := model.read_bytes())[:1] == b"\n":  # as a sentencepiece model begins
+        named = (folder / "special_tokens_map.json").is_file()
+        write_json(path, tokenizer_config(data, named))
 
 
 def tokenizer_config(model: bytes, named: bool = False) -> dict:
@@ -76,16 +81,18 @@ def model_card(name: str, config: dict, record: dict) -> str:
     base = {"base_model": record["base_model"]} if "base_model" in record else {}
     about = base | ({} if wide else {"library_name": "transformers"}) | {
         "pipeline_tag": "text-generation", "tags": ["flattengpt", "depth-compression"]}
-    joined = ["+".join(map(str, group["blocks"])) for group in record.get("groups", []) if len(group["blocks"]) > 1]
-    facts = {"method": record.get("method"),
-             "parameters": f"{record['parameters_before']:,} before, {record['parameters_after']:,} after",
+    joined = ["+".join(map(str, group["blocks"]))
+              for group in record.get("groups", []) if len(group["blocks"]) > 1]
+    before, after = record["parameters_before"], record["parameters_after"]
+    facts = {"method": record.get("method"), "parameters": f"{before:,} before, {after:,} after",
              "ratio": f"{record['ratio_reached']:.4f} of all parameters removed"
                       + (f" (asked: {record['ratio_asked']})" if "ratio_asked" in record else ""),
              "blocks joined": ", ".join(joined),
              "command": f"`{record['command']}`" if "command" in record else None}
-    return CARD.format(yaml="\n".join(f"{key}: {json.dumps(value)}" for key, value in about.items()), name=name,
-                       blocks=config["num_hidden_layers"], load=LOAD_WIDE if wide else LOAD,
-                       facts="\n".join(f"- {key}: {value}" for key, value in facts.items() if value))
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in about.items())
+    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value)
+    return CARD.format(yaml=yaml, name=name, blocks=config["num_hidden_layers"], facts=listed,
+                       load=LOAD_WIDE if wide else LOAD)
 
 
 def write_json(path: Path, data: dict) -> None:

@@ -35,7 +35,8 @@ def refuse_pointer(path: Path) -> None:
     """ValueError if the file is only git-lfs's note of where the file itself is kept."""
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
-            raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` "
+                             "in its folder")
 
 
 def read_json(path: Path) -> dict:
@@ -189,9 +190,9 @@ def rope(raw: dict) -> tuple[float, dict | None]:
 
 
 def attention_kinds(raw: dict, model_type: str, layers: int) -> tuple[int | None, tuple[str, ...]]:
-    """(sliding window or None, kind of attention of each block). A window that no block uses is None.
+    """(sliding window, kind of attention of each block). A window that no block uses is None.
 
-    LLaMA's code never looks at these fields: all its blocks see the whole text, whatever config.json says.
+    LLaMA's code never looks at these fields: all its blocks see the whole text.
     """
     window = raw.get("sliding_window", 4096)
     first = 0  # the first block that slides

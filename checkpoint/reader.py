@@ -20,8 +20,9 @@ CONVERT = ("python -c \"from transformers import AutoModelForCausalLM as M; "
            "M.from_pretrained('OLD').save_pretrained('NEW')\"")
 MERGE = ("python -c \"from peft import AutoPeftModelForCausalLM as M; "
          "M.from_pretrained('OLD').merge_and_unload().save_pretrained('NEW')\"")
-FIRST = "layers.0.input_layernorm.weight"  # every model has it, so what stands before it is the prefix of all names
-WRAPPERS = {"_orig_mod.": "model._orig_mod", "module.": "model.module", "base_model.": "model.merge_and_unload()"}
+FIRST = "layers.0.input_layernorm.weight"  # in every model; what stands before it is all names' prefix
+WRAPPERS = {"_orig_mod.": "model._orig_mod", "module.": "model.module",
+            "base_model.": "model.merge_and_unload()"}
 
 
 class Checkpoint:
@@ -40,14 +41,14 @@ class Checkpoint:
             self._refuse_adapter()
             raise ValueError(f"{path} is not a checkpoint: it has no config.json")
         self.hub_id = hub_id(self.path)
-        self.name = (self.hub_id or self.path.resolve().name).split("/")[-1]  # for outputs and rows of tables
+        self.name = (self.hub_id or self.path.resolve().name).split("/")[-1]  # for outputs, tables
         self.raw = read_json(self.path / "config.json")
         self.config = Config.read(self.path)
         self.is_wide = self.raw.get("model_type") == WIDE
         self._files = {}
         self._where = self._locate()                  # tensor name -> open file, name in that file
         if self.config.tie_word_embeddings and HEAD in self._where and TABLE not in self._where:
-            self._where[TABLE] = self._where.pop(HEAD)  # of two names for one tensor, some programs keep this one
+            self._where[TABLE] = self._where.pop(HEAD)  # two names for one tensor: some keep this
         self._check_tensors()
         self.dtype = DTYPES[self._slice(TABLE).get_dtype()]
 
@@ -106,7 +107,7 @@ class Checkpoint:
         return self._files[filename]
 
     def _locate(self) -> dict:
-        """Tensor name -> (open file, name), from the single file or from the index of the shards."""
+        """Tensor name -> (open file, name), from the single file or the index of the shards."""
         if (self.path / "model.safetensors").is_file():
             file = self._open("model.safetensors")
             return {name: (file, name) for name in sorted(file.keys())}
@@ -127,28 +128,30 @@ class Checkpoint:
         return {name: (file, name) for name, file in where.items() if name in present[places[name]]}
 
     def _refuse_adapter(self) -> None:
-        """ValueError if the folder holds a LoRA adapter, which is a difference from a model and not one."""
-        if any((self.path / f"adapter_{name}").is_file() for name in ("config.json", "model.safetensors")):
-            raise ValueError(f"{self.path} holds an adapter (PEFT, LoRA), not a model; merge it with its model first: "
-                             f"{MERGE}, and put the tokenizer's files there")
+        """ValueError if the folder holds a LoRA adapter, a difference from a model and not one."""
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        if any((self.path / name).is_file() for name in names):
+            raise ValueError(f"{self.path} holds an adapter (PEFT, LoRA), not a model; merge it with its "
+                             f"model first: {MERGE}, and put the tokenizer's files there")
 
     def _check_prefix(self) -> None:
-        """ValueError if all names have something other than "model." in front, as wrapped models' have."""
+        """ValueError if all names have something other than "model." in front."""
         prefixes = {name.removesuffix(FIRST) for name in self._where if name.endswith(FIRST)}
         if not prefixes or "model." in prefixes:
             return
-        prefix, what = min(prefixes), f"{self.path}: the names of its {len(self._where)} tensors "
+        prefix, names = min(prefixes), some(sorted(self._where))
+        what = f"{self.path}: the names of its {len(self._where)} tensors "
         if not prefix:
             save = f"put it there: {CONVERT}" if self.config.tie_word_embeddings else \
                 "save the whole model, with its head (AutoModelForCausalLM), not its base"
-            raise ValueError(f'{what}lack the "model." in front ({some(sorted(self._where))}); {save}')
+            raise ValueError(f'{what}lack the "model." in front ({names}); {save}')
         foreign = prefix.removesuffix("model.")
-        inner = next((inner for name, inner in WRAPPERS.items() if name in foreign), "the model inside")
-        raise ValueError(f"{what}have {foreign!r} in front, a wrapper's ({some(sorted(self._where))}); save {inner} "
+        inner = [inner for name, inner in WRAPPERS.items() if name in foreign] or ["the model inside"]
+        raise ValueError(f"{what}have {foreign!r} in front, a wrapper's ({names}); save {inner[0]} "
                          "with save_pretrained('NEW'), or rename the tensors")
 
     def _check_tensors(self) -> None:
-        """ValueError that counts and names the missing, unexpected, misshapen and unreadable tensors."""
+        """ValueError that counts and names missing, unexpected, misshapen and unreadable tensors."""
         self._check_prefix()
         expected, found = self.expected(), self._where
         harmless = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # old LLaMA files; recomputed here
@@ -170,7 +173,7 @@ def some(names: list[str]) -> str:
 
 
 def hub_id(path: Path) -> str | None:
-    """ORG/NAME if the folder is of the hub's cache (models--ORG--NAME/snapshots/HASH, or called models--ORG--NAME)."""
+    """ORG/NAME of a folder in the hub's cache: models--ORG--NAME, or snapshots/HASH in it."""
     path = path.resolve()
     name = (path.parents[1] if path.parent.name == "snapshots" else path).name
     return name.removeprefix("models--").replace("--", "/") if name.startswith("models--") else None

@@ -12,7 +12,7 @@ from checkpoint.config import WIDE
 from checkpoint.reader import Checkpoint, Weights
 
 SHARD = 16 * 2**20  # bytes collected before a file is written; a block of a large model is a file of its own
-NAMES = ("auto_map", "_name_or_path", "_model_name_or_path")  # in config.json: code and folders left behind
+NAMES = ("auto_map", "_name_or_path", "_model_name_or_path")  # of code and folders left behind
 
 
 class Writer:
@@ -70,8 +70,9 @@ class Writer:
         card = model_card(self.source.name, config, record)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         mode = (self.folder / "config.json").stat().st_mode & 0o666
-        for path in [self.folder, *self.folder.rglob("*")]:  # safetensors and mkdtemp keep theirs private:
-            path.chmod(mode | (mode >> 2 & 0o111 if path.is_dir() else 0))  # as readable as config.json
+        for path in [self.folder, *self.folder.rglob("*")]:
+            # safetensors and mkdtemp keep theirs private; readers of config.json may read the rest
+            path.chmod(mode | (mode >> 2 & 0o111 if path.is_dir() else 0))
         publish(self.folder, self.out, self.overwrite)
         return record
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 INTERRUPTED = "interrupted"
 NO_MEMORY = r"out of memory|can't allocate|(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED"
-LESS = {"--samples": "fewer --samples", "--length": "a smaller --length", "--window": "a smaller --window",
-        "--stream": "--stream", "--max-group": "--max-group 2"}  # options that save memory
+LESS = {"--samples": "fewer --samples", "--length": "a smaller --length",
+        "--window": "a smaller --window", "--stream": "--stream",
+        "--max-group": "--max-group 2"}  # options that save memory
 running = None  # the parser of the script that runs, which knows its options
 
 
@@ -46,7 +47,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def memory_hint() -> str:
-    """What to say before an error that means "not enough memory": which of the script's options need less."""
+    """The words before an error that means "not enough memory": which options need less of it."""
     known = re.findall(r"--[\w-]+", running.format_usage()) if running else []
     options = [what for option, what in LESS.items() if option in known]
     return f"not enough memory; try {' or '.join(options)}: " if options else "not enough memory: "

@@ -86,7 +86,7 @@ def batch(ids: Tensor, size: int, length: int, generator: torch.Generator) -> Te
 
 
 def save(net: Transformer, config: dict, vocabulary: bytes, out: Path) -> None:
-    """An ordinary checkpoint folder: config.json, model.safetensors in bfloat16, the tokenizer's two files."""
+    """An ordinary checkpoint folder: config.json, weights in bfloat16, the tokenizer's two files."""
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "tokenizer.model").write_bytes(vocabulary)
     write_json(out / "tokenizer_config.json", tokenizer_config(vocabulary))

@@ -23,9 +23,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str,
                 bos: str = "own") -> tuple[list[int], list[int]]:
     """Ids of a context and of what continues it, split as lm-evaluation-harness does it.
 
-    Both are tokenized together; the ids beyond as many as the context alone has are the continuation's. A BOS in front
-    is the context's: the tokenizer's own habit, or with bos="never" none. Spaces at the end of the context count as the
-    continuation's. An empty context is BOS, whatever the habit.
+    Both are tokenized together; the ids beyond as many as the context alone has are the
+    continuation's. A BOS in front is the context's: the tokenizer's own habit, or with bos="never"
+    none. Spaces at the end of the context count as the continuation's. An empty context is BOS.
     """
     def encode(text: str, skip: bool) -> list[int]:
         ids = tokenizer.encode(text)
@@ -125,9 +125,11 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
         raise ValueError(f"--limit must be at least 1; got {limit}")
     questions = {name: items(name, Path(folder))[:limit] for name in names}
     models = [(Checkpoint(path), load_tokenizer(path)) for path in paths]
-    added = dict.fromkeys(source.name for source, tokenizer in models if tokenizer.add_bos and bos == "own")
+    added = dict.fromkeys(source.name for source, tokenizer in models
+                          if tokenizer.add_bos and bos == "own")
     print("zero-shot, log-likelihood of the choices, worded and split as in lm-evaluation-harness; "
-          + (f"BOS in front for {', '.join(added)}" if added else "no BOS in front") + f" (--bos {bos})"
+          + (f"BOS in front for {', '.join(added)}" if added else "no BOS in front")
+          + f" (--bos {bos})"
           + (f"; SUBSET: the first {limit} questions of each task only" if limit else ""))
     print("| checkpoint | task | questions | acc | acc_norm | quoted | loss of the right choice, nats a token |\n"
           "|---|---|---|---|---|---|---|")

@@ -63,9 +63,9 @@ def hellaswag(row: dict) -> Item:
 
 
 def science(row: dict, wording: str) -> Item:
-    """ARC and OpenBookQA: the stem and labelled choices, nested in "question" or flat (dataset hubs)."""
+    """ARC and OpenBookQA: the stem and labelled choices, nested in "question" or flat."""
     inner = row["question"] if isinstance(row.get("question"), dict) else row
-    stem = inner["stem" if "stem" in inner else "question_stem" if "question_stem" in inner else "question"]
+    stem = inner[next((name for name in ("stem", "question_stem") if name in inner), "question")]
     if not isinstance(stem, str):
         raise ValueError("the question is not a text")
     choices = inner["choices"]
@@ -100,11 +100,13 @@ TASKS = {
                  "https://yonatanbisk.com/piqa/data/ (and valid-labels.lst)"),
     "winogrande": Task(("dev.jsonl",), "validation", winogrande, "acc",
                        "https://winogrande.allenai.org (winogrande_1.1.zip)"),
-    "hellaswag": Task(("hellaswag_val.jsonl", "hellaswag_val.preprocessed.jsonl"), "validation", hellaswag, "acc_norm",
+    "hellaswag": Task(("hellaswag_val.jsonl", "hellaswag_val.preprocessed.jsonl"), "validation",
+                      hellaswag, "acc_norm",
                       "https://github.com/rowanz/hellaswag (data/hellaswag_val.jsonl)"),
-    "arc_easy": Task(("ARC-Easy-Test.jsonl",), "test", lambda row: science(row, "Question: {}\nAnswer:"), "acc_norm", ARC),
-    "arc_challenge": Task(("ARC-Challenge-Test.jsonl",), "test", lambda row: science(row, "Question: {}\nAnswer:"),
-                          "acc_norm", ARC),
+    "arc_easy": Task(("ARC-Easy-Test.jsonl",), "test",
+                     lambda row: science(row, "Question: {}\nAnswer:"), "acc_norm", ARC),
+    "arc_challenge": Task(("ARC-Challenge-Test.jsonl",), "test",
+                          lambda row: science(row, "Question: {}\nAnswer:"), "acc_norm", ARC),
     "openbookqa": Task(("test.jsonl",), "test", lambda row: science(row, "{}"), "acc_norm",
                        "https://allenai.org/data/open-book-qa (Data/Main/test.jsonl)"),
     "boolq": Task(("dev.jsonl", "val.jsonl"), "validation", boolq, "acc",
@@ -114,12 +116,12 @@ FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")  # the a
 
 
 def find(task: str, folder: Path) -> Path:
-    """The task's file, anywhere in the folder under a path that names the task: as published, or an export.
+    """The task's file, anywhere in the folder under a path that names the task.
 
-    An export is a *.jsonl with the split in its name, and the task in full in its path (arc_easy, ARC-Easy). ValueError
-    if there is none, or more than one.
+    First the published names; then an export: a *.jsonl with the split in its name, and the task in
+    full in its path (arc_easy, ARC-Easy). ValueError if there is none, or more than one.
     """
-    files = {path: f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}".lower().replace("-", "_")
+    files = {path: str(folder.resolve().name / path.relative_to(folder)).lower().replace("-", "_")
              for path in sorted(folder.rglob("*.jsonl"))}
     for name in TASKS[task].files:
         for path, where in files.items():
@@ -131,8 +133,9 @@ def find(task: str, folder: Path) -> Path:
     if len(found) > 1:
         raise ValueError(f"{task}: {found[0]} and {found[1]} may both be meant; leave one")
     if not found:
-        raise ValueError(f"{task}: no {' or '.join(TASKS[task].files)} in {folder / task.split('_')[0]}, and no "
-                         f"*{split}*.jsonl in {folder / task}; it comes from {TASKS[task].home}")
+        raise ValueError(f"{task}: no {' or '.join(TASKS[task].files)} in "
+                         f"{folder / task.split('_')[0]}, and no *{split}*.jsonl in "
+                         f"{folder / task}; it comes from {TASKS[task].home}")
     return found[0]
 
 
