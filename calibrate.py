@@ -276,7 +276,7 @@ def main() -> None:
     args = parser.parse_args()
     defaults(args)
     source = Checkpoint(args.ckpt)
-    out = args.out or Path("out") / f"{source.path.resolve().name}-similarity.npy"
+    out = args.out or Path("out") / f"{source.name}-similarity.npy"
     if out.exists() and not (args.overwrite and out.suffix == ".npy" and out.is_file()):
         raise ValueError(f"{out} exists already; choose another --out, or replace an .npy file with --overwrite")
     tokens, text = read_tokens(source.path, args)

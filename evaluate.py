@@ -128,11 +128,11 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048, l
     for source, kind in zip(sources, dtypes, strict=True):
         score = perplexity(source.path, text, window, limit, device, kind, stream)
         parameters, size = source.size()
-        rows.append(f"| {source.path.resolve().name} | {parameters:,} | {source.config.num_hidden_layers} | "
+        rows.append(f"| {source.name} | {parameters:,} | {source.config.num_hidden_layers} | "
                     f"{size / 1e6:,.1f} MB | {score.perplexity:.4f} | {score.windows * window / score.seconds:,.0f} |")
         context = source.config.max_position_embeddings
         if context and window > context:
-            rows.append(f"({source.path.name} was made for at most {context} tokens: --window {context})")
+            rows.append(f"({source.name} was made for at most {context} tokens: --window {context})")
         subset = f", SUBSET: the first {score.windows} windows only" if limit else ""
         rows.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}{subset})")
     print(f"\nperplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own BOS at the start of the text"
@@ -142,7 +142,7 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048, l
     print("\n".join([line for line in rows if line.startswith("|")] + list(dict.fromkeys(notes))))
     for source, kind in zip(sources, dtypes, strict=True):
         if prompt:
-            print(f"\n{source.path.name}: {sample(source.path, prompt, device, kind)}")
+            print(f"\n{source.name}: {sample(source.path, prompt, device, kind)}")
 
 
 def main() -> None:
@@ -154,6 +154,9 @@ def main() -> None:
     parser.add_argument("--tasks", help="zero-shot accuracy instead of perplexity: names with commas between, of piqa, "
                                         "winogrande, hellaswag, arc_easy, arc_challenge, openbookqa, boolq")
     parser.add_argument("--limit", type=int, help="only so many questions of each task: quicker, and not the field's number")
+    parser.add_argument("--bos", choices=("own", "never"),
+                        help="BOS in front of each question: the tokenizer's own habit (default, as "
+                             "lm-evaluation-harness since autumn 2025), or never, as before")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window (default 2048)")
     parser.add_argument("--max-windows", type=int, help="only so many windows: quicker, and not the field's number")
     parser.add_argument("--stream", action="store_true", help="one block in memory at a time; the same numbers")
@@ -169,11 +172,14 @@ def main() -> None:
         Checkpoint(path)  # all of them, before the first takes its time
     if args.limit is not None and args.tasks is None:
         raise ValueError("--limit is for --tasks; --max-windows shortens the measurement of perplexity")
+    if args.bos is not None and args.tasks is None:
+        raise ValueError("--bos is for --tasks; a text's perplexity begins with the tokenizer's own BOS")
     if args.tasks is not None:
         if args.prompt or args.max_windows or args.stream or args.window != 2048:
             raise ValueError("--tasks measures accuracy; --prompt, --max-windows, --stream and --window are for perplexity")
         from zeroshot.score import zero_shot  # here, because it calls this file's functions
-        return zero_shot(args.ckpt, args.tasks, args.data, args.limit, args.device, args.dtype)
+        return zero_shot(args.ckpt, args.tasks, args.data, args.limit, args.device, args.dtype,
+                         args.bos or "own")
     compare(args.ckpt, *evaluation_text(args.data), args.window, args.max_windows, args.device, args.dtype, args.stream,
             args.prompt)
 

@@ -230,7 +230,7 @@ def main() -> None:
         max_group = min(max_group, LARGEST)
     merges = merges_for_ratio(config, args.ratio, max_group)
     kind = "wide" if args.keep_wide else "refit" if args.refit else "flat"
-    out = args.out or Path("out") / f"{source.path.resolve().name}-{kind}-{args.ratio}"
+    out = args.out or Path("out") / f"{source.name}-{kind}-{args.ratio}"
     judged = None if args.no_eval else held_out_text(args.data)
     if judged:  # now, not after hours
         windows_of(torch.tensor(load_tokenizer(source.path).encode(judged[0])), args.length)

@@ -288,7 +288,7 @@ def main() -> None:
         raise ValueError(f"{args.ckpt} has blocks of ordinary width; prune.py takes what flatten.py --keep-wide writes")
     record = read_record(source)
     defaults(args, record["settings"])
-    out = args.out or Path("out") / f"{source.path.resolve().name}-pruned"
+    out = args.out or Path("out") / f"{source.name}-pruned"
     with Writer(out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)
         runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))

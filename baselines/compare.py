@@ -268,7 +268,7 @@ def main() -> None:
             raise ValueError(f"two texts are called {name}; rename one")
         judged[name] = spread(windows_of(torch.tensor(tokenizer.encode(found)), args.length), args.windows)
     runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
-    settings = {"checkpoint": source.path.resolve().name, "calibration": calibrated, "samples": args.samples,
+    settings = {"checkpoint": source.name, "calibration": calibrated, "samples": args.samples,
                 "trials": args.trials, "length": args.length,
                 "windows": {name: len(windows) for name, windows in judged.items()},
                 "dtype": str(runner.dtype).removeprefix("torch."), "device": runner.device.type,

@@ -180,7 +180,7 @@ def main() -> None:
     else:
         sources = [Checkpoint(path) for path in args.ckpt]
         nets = [load(path, args.device, dtype) for path in args.ckpt]
-        name = " and ".join(source.path.resolve().name for source in sources)
+        name = " and ".join(source.name for source in sources)
     depths = [len(net.model["layers"]) for net in nets]
     machine = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else \
         f"{os.cpu_count()} CPU cores"

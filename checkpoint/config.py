@@ -13,6 +13,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WIDE = "flattened_wide"  # model_type of a checkpoint whose blocks differ in width; see Config.widths
 LIMIT = 64 * 2**20       # bytes; no honest JSON file of a checkpoint is larger
 MOST_BLOCKS = 10_000     # far beyond any model, and few enough to list
+POINTER = b"version https://git-lfs"  # what a file begins with that git-lfs has not fetched yet
 
 # Fields that switch on wiring we do not compute, each with the values under which it is off.
 OFF = {
@@ -30,8 +31,17 @@ ROPE_NUMBERS = {
 }
 
 
+def refuse_pointer(path: Path) -> None:
+    """ValueError if the file is only git-lfs's note of where the file itself is kept."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` "
+                             "in its folder")
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError names the file if it is too large, not UTF-8, not JSON or not an object."""
+    refuse_pointer(path)
     if path.stat().st_size > LIMIT:
         raise ValueError(f"{path} is larger than {LIMIT >> 20} MB; a checkpoint's JSON files are not")
     try:
@@ -180,9 +190,11 @@ def rope(raw: dict) -> tuple[float, dict | None]:
 
 
 def attention_kinds(raw: dict, model_type: str, layers: int) -> tuple[int | None, tuple[str, ...]]:
-    """(sliding window or None, kind of attention of each block). A window that no block uses is None."""
-    default = None if model_type == "llama" else 4096
-    window = raw.get("sliding_window", default)
+    """(sliding window, kind of attention of each block). A window that no block uses is None.
+
+    LLaMA's code never looks at these fields: all its blocks see the whole text.
+    """
+    window = raw.get("sliding_window", 4096)
     first = 0  # the first block that slides
     if model_type in ("qwen2", "qwen3"):
         window = window if raw.get("use_sliding_window", False) else None
@@ -196,9 +208,11 @@ def attention_kinds(raw: dict, model_type: str, layers: int) -> tuple[int | None
     if not isinstance(types, list) or len(types) != layers or not all(kind in kinds for kind in types):
         raise ValueError(f"layer_types must hold {layers} times full_attention or sliding_attention; "
                          f"got {json.dumps(types)[:80]}")
+    if model_type == "llama":
+        return None, ("full_attention",) * layers
     if "sliding_attention" not in types:
         return None, tuple(types)
-    return size(raw, "sliding_window", default), tuple(types)
+    return size(raw, "sliding_window", 4096), tuple(types)
 
 
 def block_widths(raw: dict, layers: int) -> tuple[int, ...]:

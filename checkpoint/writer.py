@@ -1,6 +1,5 @@
 """Write a checkpoint folder block by block, so that it appears under its final name complete or not at all."""
 import contextlib
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from checkpoint.beside import copy_beside, model_card, write_json
 from checkpoint.config import WIDE
 from checkpoint.reader import Checkpoint, Weights
 
 SHARD = 16 * 2**20  # bytes collected before a file is written; a block of a large model is a file of its own
-COPIED = ("tokenizer*", "*.tiktoken", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-          "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+NAMES = ("auto_map", "_name_or_path", "_model_name_or_path")  # of code and folders left behind
 
 
 class Writer:
@@ -59,17 +58,21 @@ class Writer:
         self._collect(self.source.outer())
         self._flush()
         self._name_shards()
-        write_json(self.folder / "config.json", new_config(self.source, groups, wide) | (changes or {}))
-        for path in sorted({path for pattern in COPIED for path in self.source.path.glob(pattern) if path.is_file()}):
-            shutil.copyfile(path, self.folder / path.name)
+        config = new_config(self.source, groups, wide) | (changes or {})
+        write_json(self.folder / "config.json", config)
+        copy_beside(self.source.path, self.folder)
         before, after = self.source.size()[0], Checkpoint(self.folder).size()[0]
         record = record | {"parameters_before": before, "parameters_after": after,
                            "ratio_reached": round(1 - after / before, 6)}
+        if self.source.hub_id:
+            record["base_model"] = self.source.hub_id
         write_json(self.folder / "flatten.json", record)
+        card = model_card(self.source.name, config, record)
+        (self.folder / "README.md").write_text(card, encoding="utf-8")
         mode = (self.folder / "config.json").stat().st_mode & 0o666
-        for path in self.folder.iterdir():
-            path.chmod(mode)                            # safetensors writes private files, mkdtemp a private folder:
-        self.folder.chmod(mode | mode >> 2 & 0o111)     # readers of config.json may read the rest
+        for path in [self.folder, *self.folder.rglob("*")]:
+            # safetensors and mkdtemp keep theirs private; readers of config.json may read the rest
+            path.chmod(mode | (mode >> 2 & 0o111 if path.is_dir() else 0))
         publish(self.folder, self.out, self.overwrite)
         return record
 
@@ -105,15 +108,11 @@ class Writer:
                    {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
 
 
-def write_json(path: Path, data: dict) -> None:
-    """Readable JSON with the keys in the order given."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def new_config(source: Checkpoint, groups: list[list[int]], wide: bool) -> dict:
     """The source's config.json with the new number of blocks; lists with one entry a block keep each group's first.
 
-    A wide checkpoint gets a model_type of its own, so that no library takes it for an ordinary one.
+    Code that it names (auto_map) is not copied, so the name goes too. A wide checkpoint gets a
+    model_type of its own, so that no library takes it for an ordinary one.
     """
     config = dict(source.raw)
     config["num_hidden_layers"] = len(groups)
@@ -122,7 +121,7 @@ def new_config(source: Checkpoint, groups: list[list[int]], wide: bool) -> dict:
             config[field] = [config[field][group[0]] for group in groups]
     if isinstance(config.get("max_window_layers"), int):
         config["max_window_layers"] = sum(group[0] < source.raw["max_window_layers"] for group in groups)
-    for field in ("block_widths", "base_model_type", "base_architectures"):
+    for field in ("block_widths", "base_model_type", "base_architectures", *NAMES):
         config.pop(field, None)
     if wide:
         config |= {"model_type": WIDE, "base_model_type": source.raw["model_type"], "architectures": ["FlattenedWide"],

@@ -1,6 +1,7 @@
 """What a user of the scripts sees besides results: progress on long work, and one line when something is wrong."""
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -8,6 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 INTERRUPTED = "interrupted"
+NO_MEMORY = r"out of memory|can't allocate|(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED"
+LESS = {"--samples": "fewer --samples", "--length": "a smaller --length",
+        "--window": "a smaller --window", "--stream": "--stream",
+        "--max-group": "--max-group 2"}  # options that save memory
+running = None  # the parser of the script that runs, which knows its options
 
 
 def run(main: Callable[[], None]) -> None:
@@ -34,17 +40,24 @@ def run(main: Callable[[], None]) -> None:
             fail(INTERRUPTED)
         if not isinstance(error, ValueError | OSError | MemoryError | RuntimeError):
             raise
-        out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error)
+        out_of_memory = isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))
         if os.environ.get("FLATTENGPT_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        hint = "not enough memory; try fewer --samples, a smaller --length, or --max-group 2: " if out_of_memory else ""
-        fail(hint + " ".join(str(error).split()))
+        fail((memory_hint() if out_of_memory else "") + " ".join(str(error).split()))
+
+
+def memory_hint() -> str:
+    """The words before an error that means "not enough memory": which options need less of it."""
+    known = re.findall(r"--[\w-]+", running.format_usage()) if running else []
+    options = [what for option, what in LESS.items() if option in known]
+    return f"not enough memory; try {' or '.join(options)}: " if options else "not enough memory: "
 
 
 def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """A command-line parser whose --help ends with `epilog` as it stands, and whose errors are one line."""
-    made = argparse.ArgumentParser(description=description, epilog=epilog,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    global running
+    running = made = argparse.ArgumentParser(description=description, epilog=epilog,
+                                             formatter_class=argparse.RawDescriptionHelpFormatter)
     made.error = lambda message: fail(f"{message}; {made.prog} --help shows what there is")
     return made
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import console
+from checkpoint.beside import tokenizer_config, write_json
 from checkpoint.config import Config
 from console import run
 from model import Block, Transformer
@@ -85,9 +86,10 @@ def batch(ids: Tensor, size: int, length: int, generator: torch.Generator) -> Te
 
 
 def save(net: Transformer, config: dict, vocabulary: bytes, out: Path) -> None:
-    """An ordinary checkpoint folder: config.json, model.safetensors in bfloat16, tokenizer.model."""
+    """An ordinary checkpoint folder: config.json, weights in bfloat16, the tokenizer's two files."""
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "tokenizer.model").write_bytes(vocabulary)
+    write_json(out / "tokenizer_config.json", tokenizer_config(vocabulary))
     save_file({name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in net.state_dict().items()},
               out / "model.safetensors", {"format": "pt"})
 

@@ -1,15 +1,22 @@
 """Whatever is wrong with a checkpoint folder is said in one line, before anything is computed or written."""
+import io
 import json
 import os
+import shutil
 
 import pytest
+import sentencepiece
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint.beside import tokenizer_config
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer
+from demo.tour import BUNDLED
+from model import load
+from text.tokenizer import load_tokenizer
 
 
 def shard(path):
@@ -63,12 +70,68 @@ def test_all_wrong_tensors_are_listed_in_one_error(ckpt):
         assert part in message
 
 
+def test_of_many_wrong_tensors_the_first_few_are_named_and_all_are_counted(ckpt):
+    edit_config(ckpt, num_hidden_layers=100)
+    message = refusal(ckpt)
+    assert "1140 tensors missing: model.layers.10.input_layernorm.weight, " in message and len(message) < 500
+
+
+@pytest.mark.parametrize("prefix, advice", [
+    ("_orig_mod.", "save model._orig_mod with"), ("module.", "save model.module with"),
+    ("base_model.model.", "save model.merge_and_unload() with"), ("encoder.", "save the model inside with")])
+def test_a_foreign_prefix_is_named(ckpt, prefix, advice):
+    edit_weights(ckpt, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
+    message = refusal(ckpt)
+    assert f"its 63 tensors have '{prefix}' in front" in message and advice in message and len(message) < 500
+
+
+@pytest.mark.parametrize("tied, advice", [(True, "from_pretrained"), (False, "with its head")])
+def test_the_base_of_a_model_without_its_prefix_is_refused_with_what_to_do(tmp_path, tied, advice):
+    transformers = pytest.importorskip("transformers")
+    path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=tied)
+    transformers.AutoModel.from_pretrained(path).save_pretrained(tmp_path / "base")
+    message = refusal(tmp_path / "base")
+    assert 'lack the "model." in front' in message and advice in message and len(message) < 500
+
+
+@pytest.mark.parametrize("files", [["adapter_config.json", "adapter_model.safetensors"],
+                                   ["config.json", "adapter_config.json"]])
+def test_an_adapter_is_told_from_a_model(ckpt, files):
+    for name in {"config.json", "model.safetensors"} - set(files):
+        (ckpt / name).unlink()
+    for name in files:
+        (ckpt / name).touch()
+    if "config.json" in files:
+        (ckpt / "config.json").write_text(json.dumps(tiny.RAW))
+    message = refusal(ckpt)
+    assert "adapter" in message and "merge_and_unload" in message
+
+
 def test_old_rope_buffers_and_copies_of_a_tied_head_are_harmless(tmp_path):
     path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
     edit_weights(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
                                            "lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     source = Checkpoint(path)
     assert "lm_head.weight" not in source.outer() and source.size()[0] == source.config.parameters()
+
+
+def test_a_tied_model_that_kept_the_heads_name_is_read_and_written_in_the_usual_form(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    usual = tiny.checkpoint(tmp_path / "usual", tie_word_embeddings=True)
+    path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    edit_weights(path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    source = Checkpoint(path)
+    assert source.size() == Checkpoint(usual).size() and source.dtype == torch.float32
+    assert torch.equal(source.outer()["model.embed_tokens.weight"],
+                       Checkpoint(usual).outer()["model.embed_tokens.weight"])
+    copy(source, tmp_path / "out")
+    written, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", usual))
+    assert written.keys() == before.keys()
+    net, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(net.lm_head.weight, before["model.embed_tokens.weight"])
+    edit_config(path, tie_word_embeddings=False)
+    assert "1 tensors missing: model.embed_tokens.weight" in refusal(path)
 
 
 def test_a_tied_head_that_differs_is_refused(tmp_path):
@@ -107,6 +170,19 @@ def test_a_corrupt_header_is_refused(ckpt):
     data[:8] = (2**60).to_bytes(8, "little")
     file.write_bytes(data)
     assert "truncated or corrupt" in refusal(ckpt)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00002-of-00002.safetensors",
+                                  "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_named_with_the_command_that_fetches_the_file(ckpt, name):
+    if name.startswith("model") and name != "model.safetensors":
+        shard(ckpt)
+    (ckpt / name).write_text(POINTER)
+    message = refusal(ckpt)
+    assert f"{name} is a git-lfs pointer" in message and "git lfs pull" in message
 
 
 def test_a_missing_shard_is_named(ckpt):
@@ -169,6 +245,17 @@ def test_a_broken_config_is_refused(ckpt, content):
     assert "config.json" in refusal(ckpt)
 
 
+@pytest.mark.parametrize("types", [None, ["sliding_attention", "full_attention"] * 2 + ["full_attention"]])
+def test_a_sliding_window_of_llama_is_ignored_as_transformers_ignores_it(tmp_path, types):
+    transformers = pytest.importorskip("transformers")
+    path = tiny.checkpoint(tmp_path / "m", model_type="llama", architectures=["LlamaForCausalLM"], num_attention_heads=4,
+                           sliding_window=8, layer_types=types)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(path)(ids).logits
+        torch.testing.assert_close(load(path)(ids), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_sizes_are_checked_before_memory_is_taken(ckpt):
     edit_config(ckpt, hidden_size=2**30, num_hidden_layers=3)
     assert "of the wrong shape" in refusal(ckpt)
@@ -207,10 +294,114 @@ def test_a_written_copy_is_bit_identical_and_leaves_nothing_beside_it(ckpt, tmp_
     copy(Checkpoint(ckpt), out)
     assert sorted(os.listdir(out.parent)) == ["copy"]
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # the weights are as readable as the rest
-    assert sorted(os.listdir(out)) == ["config.json", "flatten.json", "generation_config.json", "model.safetensors",
-                                       "tokenizer.model"]
+    assert sorted(os.listdir(out)) == ["README.md", "config.json", "flatten.json", "generation_config.json",
+                                       "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
     before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_licenses_and_templates_are_copied_whatever_the_case_of_their_names(ckpt, tmp_path):
+    copied = ["License.txt", "notice", "tekken.json", "Use_Policy.md", "chat_template.jinja",
+              "additional_chat_templates/tool_use.jinja"]
+    others = ["README.md", "tokenizer_fast.py", "modeling.py", "additional_chat_templates/x.py", "original/params.json"]
+    for name in copied + others:
+        (ckpt / name).parent.mkdir(exist_ok=True)
+        (ckpt / name).write_text(name)
+    copy(Checkpoint(ckpt), tmp_path / "out")
+    assert all((tmp_path / "out" / name).read_text() == name for name in copied)
+    assert not any((tmp_path / "out" / name).exists() for name in others[1:])
+    assert (tmp_path / "out" / "README.md").read_text() != "README.md"
+    assert os.access(tmp_path / "out" / "additional_chat_templates", os.X_OK)
+
+
+def test_a_result_names_no_code_and_no_folder_that_it_was_not_given(ckpt, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    names = {"auto_map": {"AutoConfig": "configuration.Custom", "AutoModelForCausalLM": "modeling.Custom"},
+             "_name_or_path": "/home/someone", "_model_name_or_path": "/home/someone"}
+    edit_config(ckpt, **names)
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization.Custom", None]}, "tokenizer_class": "LlamaTokenizer"}
+    (ckpt / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    copy(Checkpoint(ckpt), out)
+    assert not names.keys() & json.loads((out / "config.json").read_text()).keys()
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"tokenizer_class": "LlamaTokenizer"}
+    ids = torch.arange(3, 20)[None]
+    net = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids).logits, load(out)(ids), atol=1e-4, rtol=1e-4)
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
+
+
+def llama_kind(folder):
+    """A folder whose only tokenizer file is a tokenizer.model as LLaMA-2's: every space is kept, one is put in front."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.text().split("\n")), model_writer=model, vocab_size=400, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    tiny.checkpoint(folder, **LLAMA)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+def real_llama2(folder):
+    if not tiny.DATA.exists():
+        pytest.skip("needs LLaMA-2's tokenizer.model")
+    shutil.copy(tiny.DATA / "tokenizers" / "llama2" / "tokenizer.model", tiny.checkpoint(folder, **LLAMA))
+    return folder
+
+
+def alpaca_kind(folder):
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>")
+    (llama_kind(folder) / "special_tokens_map.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.mark.parametrize("make", [lambda folder: BUNDLED, llama_kind, alpaca_kind, real_llama2])
+def test_the_tokenizer_of_a_result_reads_alike_in_transformers(tmp_path, make):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")  # by which transformers reads tokenizer.model
+    source = Checkpoint(make(tmp_path / "m"))
+    copy(source, tmp_path / "out")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    for text in ("kabe fonad", " one space", "   three", "\n a line\nand\n\nmore\n", "a</s>b", "<s> <unk> x", "<s>",
+                 "  <s>", "</s>\n", "é😀\t\x00", "▁a", ""):
+        assert theirs(text).input_ids == ours.encode(text), text
+    assert ours.encode("a")[0] == load_tokenizer(source.path).encode("a")[0] == theirs.bos_token_id
+
+
+def test_a_tokenizers_own_settings_are_left_as_they_are(ckpt, tmp_path):
+    for name, given in (("tokenizer_config.json", '{"add_bos_token":  false}'), ("tokenizer.json", '{"model": {}}')):
+        (ckpt / name).write_text(given)
+        copy(Checkpoint(ckpt), tmp_path / name)
+        assert (tmp_path / name / name).read_text() == given
+        (ckpt / name).unlink()
+    assert not (tmp_path / "tokenizer.json" / "tokenizer_config.json").exists()
+
+
+def test_the_bundled_checkpoint_describes_its_tokenizer_as_the_writer_would(tmp_path):
+    given = json.loads((BUNDLED / "tokenizer_config.json").read_text())
+    assert given == tokenizer_config((BUNDLED / "tokenizer.model").read_bytes()) and given["add_prefix_space"] is False
+
+
+def test_the_model_card_says_what_was_done_and_how_to_load_it(ckpt, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    out, source = tmp_path / "out", Checkpoint(tiny.hub_cache(ckpt, tmp_path / "hub"))
+    with Writer(out, source) as writer:
+        for i in (0, 2, 4):
+            writer.add(source.block(i))
+        groups = [[0], [1, 2], [3, 4]]
+        record = {"method": "joined", "ratio_asked": 0.25, "command": "python flatten.py --ckpt x",
+                  "groups": [{"blocks": blocks} for blocks in groups]}
+        record = writer.finish(groups, record)
+    _, front, card = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {"base_model": "org/Tiny-1B", "library_name": "transformers",
+                                     "pipeline_tag": "text-generation", "tags": ["flattengpt", "depth-compression"]}
+    for part in ("# Tiny-1B with 3 blocks", "method: joined", f"{record['ratio_reached']:.4f}", "(asked: 0.25)",
+                 "blocks joined: 1+2, 3+4", "`python flatten.py --ckpt x`", 'from_pretrained("this/folder")'):
+        assert part in card
+    assert json.loads((out / "flatten.json").read_text())["base_model"] == "org/Tiny-1B"
 
 
 def test_large_results_are_sharded_with_an_index(ckpt, tmp_path, monkeypatch):
@@ -284,13 +475,23 @@ def test_if_replacing_fails_the_earlier_result_is_put_back(ckpt, tmp_path, monke
     assert (out / "mark").read_text() == "old" and os.listdir(out.parent) == ["out"]
 
 
-def test_shards_may_be_links_as_in_a_hub_cache(ckpt, tmp_path):
-    places = shard(ckpt)
-    (tmp_path / "blobs").mkdir()
-    for name in set(places.values()):
-        (ckpt / name).rename(tmp_path / "blobs" / name)
-        (ckpt / name).symlink_to(tmp_path / "blobs" / name)
-    assert Checkpoint(ckpt).size()[0] == Checkpoint(ckpt).config.parameters()
+def test_a_hub_caches_links_are_read_and_copied_as_the_files_they_lead_to(ckpt, tmp_path):
+    shard(ckpt)
+    source = Checkpoint(tiny.hub_cache(ckpt, tmp_path / "hub"))
+    assert source.size()[0] == source.config.parameters()
+    copy(source, tmp_path / "out")
+    shutil.rmtree(tmp_path / "hub")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tiny.tokenizer_model()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_checkpoint_is_named_after_its_folder_and_in_a_hub_cache_after_the_model(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(ckpt)
+    assert (Checkpoint(".").name, Checkpoint(".").hub_id) == ("tiny", None)
+    source = Checkpoint(tiny.hub_cache(ckpt, tmp_path / "hub"))
+    assert (source.name, source.hub_id) == ("Tiny-1B", "org/Tiny-1B")
+    shutil.copytree(source.path, tmp_path / "models--other--Name")
+    assert Checkpoint(tmp_path / "models--other--Name").hub_id == "other/Name"
 
 
 def test_output_and_input_may_not_overlap(ckpt, tmp_path):

@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import calibrate
+import evaluate
 import flatten
 import prune
+from baselines import compare
 from checkpoint.reader import Checkpoint
 from model import generate, load
 
@@ -117,12 +119,15 @@ def test_flattening_and_pruning_apart_equal_the_one_step_run(tmp_path, run, fami
     run(flatten.main, *settings, "--out", tmp_path / "wide", "--keep-wide")
     wide = load(tmp_path / "wide", dtype=torch.float32)
     assert max(Checkpoint(tmp_path / "wide").config.widths) > 1
+    assert "prune.py" in (tmp_path / "wide" / "README.md").read_text()  # no library reads it, so the card names none
+    assert "transformers" not in (tmp_path / "wide" / "README.md").read_text()
     assert wide(torch.arange(3, 20)[None]).isfinite().all()
     with pytest.raises(ValueError, match="flattened_wide"):
         transformers.AutoConfig.from_pretrained(tmp_path / "wide")
     run(prune.main, "--ckpt", tmp_path / "wide", "--out", tmp_path / "two")
     one, two = hashes(tmp_path / "one"), hashes(tmp_path / "two")
-    assert one.keys() == two.keys() and all(one[name] == two[name] for name in one if name != "flatten.json")
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} == {"flatten.json", "README.md"}  # which name the command
     records = [json.loads((tmp_path / name / "flatten.json").read_text()) for name in ("one", "two")]
     assert records[0]["settings"] == records[1]["settings"] | {"max_group": None}
     assert records[1]["command"].startswith("python prune.py") and "--keep-wide" in records[1]["flatten_command"]
@@ -151,6 +156,14 @@ def test_perplexity_is_compared_at_the_end_and_explain_says_more(tmp_path, ckpt,
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows] == ["| checkpoint", "| tiny", "| flat"]
     assert "effective dimensions" in out and "text.txt, last 10%" in out
+
+
+def test_a_model_in_a_hub_cache_gives_its_name_to_outputs_and_rows(tmp_path, ckpt, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = run(flatten.main, "--ckpt", tiny.hub_cache(ckpt, tmp_path / "hub"), "--ratio", 0.3, *SHORT[:-1])
+    rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
+    assert rows == ["| checkpoint", "| Tiny-1B", "| Tiny-1B-flat-0.3"]
+    assert os.listdir("out") == ["Tiny-1B-flat-0.3"]
 
 
 def test_calibrate_prints_the_motivation_and_saves_S(tmp_path, ckpt, run):
@@ -361,3 +374,28 @@ def test_help_works_from_anywhere(tmp_path, script):
 def test_a_mistyped_option_is_one_line(cli, arguments):
     code, out, err = cli(flatten.main, *arguments)
     assert code == 2 and err.count("\n") == 1 and "--help" in err and not out
+
+
+@pytest.mark.parametrize("script, hint", [
+    (flatten, "try fewer --samples or a smaller --length or --max-group 2: "),
+    (calibrate, "try fewer --samples or a smaller --length: "), (evaluate, "try a smaller --window or --stream: "),
+    (compare, "try fewer --samples or a smaller --length: ")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")])
+def test_without_memory_the_options_that_need_less_are_named(cli, ckpt, monkeypatch, script, hint, error):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(script, "Checkpoint", fail)
+    code, _, err = cli(script.main, "--ckpt", ckpt)
+    assert code == 2 and err.startswith(f"error: not enough memory; {hint}") and err.count("\n") == 1
+
+
+def test_other_errors_of_a_library_are_bugs_and_keep_their_traceback(cli, ckpt, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE")
+    monkeypatch.setattr(flatten, "Checkpoint", fail)
+    with pytest.raises(RuntimeError, match="INVALID_VALUE"):
+        cli(flatten.main, "--ckpt", ckpt)

@@ -58,6 +58,43 @@ def test_openbookqa_in_its_own_nested_form_and_arc_challenge():
     assert TASKS["arc_challenge"].item(ROWS["arc_easy"][0]) == TASKS["arc_easy"].item(ROWS["arc_easy"][0])
 
 
+def test_arc_as_dataset_hubs_export_it():
+    row = {"question": "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"}
+    for task in ("arc_easy", "arc_challenge"):
+        expected = TASKS[task].item(ROWS["arc_easy"][0])
+        assert TASKS[task].item(row) == expected
+        assert TASKS[task].item(row | {"choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
+                                ) == expected
+        assert TASKS[task].item(row | {"choices": {"text": ["ice", "fire"], "label": [1, 2]}, "answerKey": 2}) == expected
+
+
+def test_exported_files_are_found_by_task_and_split(tmp_path):
+    names = {"piqa": "piqa/validation.jsonl", "arc_easy": "ARC-Easy/test-00000-of-00001.jsonl",
+             "arc_challenge": "ARC-Challenge/test-00000-of-00001.jsonl", "hellaswag": "hellaswag_validation.jsonl"}
+    exports = {task: ROWS[task][0] for task in ("piqa", "arc_easy", "hellaswag")}
+    exports["piqa"] = exports["piqa"] | {"label": 1}
+    exports["arc_challenge"] = exports["arc_easy"] | {"answerKey": "1"}
+    for task, name in names.items():
+        for path in (tmp_path / name, tmp_path / name.replace("test", "train").replace("validation", "train")):
+            path.parent.mkdir(exist_ok=True)
+            row = exports[task] if path == tmp_path / name else {"none": "of them"}
+            path.write_text(json.dumps(row) + "\n")
+    found = {task: items(task, tmp_path)[0].gold for task in names}
+    assert found == {"piqa": 1, "arc_easy": 1, "arc_challenge": 0, "hellaswag": 1}
+    (tmp_path / "piqa" / "validation-00001-of-00002.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="may both be meant"):
+        items("piqa", tmp_path)
+    with pytest.raises(ValueError, match=r"no dev.jsonl .*, and no \*validation\*.jsonl in .*winogrande"):
+        items("winogrande", tmp_path)
+
+
+def test_piqa_without_labels_names_the_file_that_has_them(tmp_path):
+    path = write(tmp_path, "piqa", [ROWS["piqa"][0] | {"label": 0}, ROWS["piqa"][0]])
+    (path.parent / "valid-labels.lst").unlink()
+    with pytest.raises(ValueError, match=r"no valid-labels\.lst"):
+        items("piqa", tmp_path)
+
+
 def test_boolqs_answer_may_be_written_in_several_ways():
     row = {"passage": "p", "question": "q"}
     for no, yes in ((False, True), ("false", "true"), (0, 1)):
@@ -84,9 +121,31 @@ class Spaces:
 
 def test_context_and_continuation_are_split_as_in_the_harness():
     ids = Spaces().encode
-    assert encode_pair(Spaces(), "a b", " c d") == (ids("a b")[1:], ids(" c d")[1:])
-    assert encode_pair(Spaces(), "a b ", "c d") == (ids("a b")[1:], ids(" c d")[1:])  # the space goes with what follows
-    assert encode_pair(Spaces(), "", " c") == ([7], ids(" c")[1:])
+    assert encode_pair(Spaces(), "a b", " c d") == (ids("a b"), ids(" c d")[1:])  # BOS is the context's
+    assert encode_pair(Spaces(), "a b ", "c d") == (ids("a b"), ids(" c d")[1:])  # the space goes with what follows
+    assert encode_pair(Spaces(), "a b", " c d", "never") == (ids("a b")[1:], ids(" c d")[1:])
+    for bos in ("own", "never"):
+        assert encode_pair(Spaces(), "", " c", bos) == ([7], ids(" c")[1:])
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none():
+    plain = Spaces()
+    plain.add_bos, plain.encode = False, lambda text: Spaces.encode(plain, text)[1:]
+    for bos in ("own", "never"):
+        assert encode_pair(plain, "a b", " c", bos) == (plain.encode("a b"), plain.encode(" c"))
+
+
+def test_the_header_says_which_bos_was_used_and_scores_follow_it(tmp_path, cli):
+    write(tmp_path, "openbookqa", [ROWS["openbookqa"][0]] * 2)
+    folder = tiny.checkpoint(tmp_path / "tiny")
+    losses = {}
+    for bos, said in (("own", "BOS in front for tiny (--bos own)"), ("never", "no BOS in front (--bos never)"),
+                      (None, "BOS in front for tiny (--bos own)")):
+        code, out, err = cli(evaluate.main, "--ckpt", folder, "--tasks", "openbookqa", "--data", tmp_path,
+                             *(["--bos", bos] if bos else []))
+        assert (code, err) == (0, "") and said in out.splitlines()[0]
+        losses[bos] = out.splitlines()[-1].split("|")[7]
+    assert losses[None] == losses["own"] != losses["never"]
 
 
 def plain_loop(folder, pairs, longest):
@@ -172,7 +231,7 @@ def test_the_average_of_five_names_its_metrics(tmp_path, cli):
 @pytest.mark.parametrize("options, message", [
     (["--tasks", "piqa,nonsense"], "unknown 'nonsense'"), (["--tasks", "piqa"], "it comes from https://yonatanbisk.com"),
     (["--tasks", "boolq", "--limit", "0"], "--limit must be at least 1"), (["--limit", "3"], "--limit is for --tasks"),
-    (["--tasks", "boolq", "--stream"], "for perplexity")])
+    (["--tasks", "boolq", "--stream"], "for perplexity"), (["--bos", "never"], "--bos is for --tasks")])
 def test_mistakes_are_one_line(options, message, tmp_path, ckpt, cli):
     code, _, err = cli(evaluate.main, "--ckpt", ckpt, "--data", tmp_path, *options)
     assert code == 2 and message in err and err.count("\n") == 1

@@ -77,3 +77,14 @@ def checkpoint(folder: Path, seed: int = 0, dtype=torch.float32, **changes) -> P
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "tokenizer.model").write_bytes(tokenizer_model())
     return folder
+
+
+def hub_cache(path: Path, root: Path) -> Path:
+    """Move a checkpoint into a hub cache, whose files are links into a folder of blobs named by their hashes."""
+    blobs, snapshot = root / "models--org--Tiny-1B" / "blobs", root / "models--org--Tiny-1B" / "snapshots" / "0f3c"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(path.iterdir())):
+        file.rename(blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    return snapshot

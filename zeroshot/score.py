@@ -19,23 +19,25 @@ from zeroshot.tasks import FIVE, TASKS, Item, items
 CHUNK = 2**18  # tokens of questions whose streams are in memory together
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str,
+                bos: str = "own") -> tuple[list[int], list[int]]:
     """Ids of a context and of what continues it, split as lm-evaluation-harness does it.
 
-    Both are tokenized together, without BOS; the ids beyond as many as the context alone has are the continuation's.
-    Spaces at the end of the context count as the continuation's. An empty context is BOS.
+    Both are tokenized together; the ids beyond as many as the context alone has are the
+    continuation's. A BOS in front is the context's: the tokenizer's own habit, or with bos="never"
+    none. Spaces at the end of the context count as the continuation's. An empty context is BOS.
     """
-    def encode(text: str) -> list[int]:
+    def encode(text: str, skip: bool) -> list[int]:
         ids = tokenizer.encode(text)
-        return ids[1:] if tokenizer.add_bos else ids
+        return ids[1:] if tokenizer.add_bos and skip else ids
     stripped = context.rstrip()
     continuation = context[len(stripped):] + continuation
     if not stripped:
         if tokenizer.bos_id is None:
             raise ValueError("a question without a context needs a tokenizer with BOS")
-        return [tokenizer.bos_id], encode(continuation)
-    first = encode(stripped)
-    return first, encode(stripped + continuation)[len(first):]
+        return [tokenizer.bos_id], encode(continuation, skip=True)
+    first = encode(stripped, bos == "never")
+    return first, encode(stripped + continuation, bos == "never")[len(first):]
 
 
 @torch.inference_mode()
@@ -108,7 +110,7 @@ def right_losses(questions: list[Item], scores: Tensor, lengths: list[int]) -> T
 
 
 def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: int | None = None, device: str = "cpu",
-              dtype: str | None = None) -> None:
+              dtype: str | None = None, bos: str = "own") -> None:
     """Print accuracy and loss of each checkpoint on each task, and the papers' average if its tasks are there.
 
     With standard errors. tasks is a list with commas. ValueError for a task that is not known or whose file is not in the
@@ -122,16 +124,20 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1; got {limit}")
     questions = {name: items(name, Path(folder))[:limit] for name in names}
-    print("zero-shot, log-likelihood of the choices, worded and split as in lm-evaluation-harness; no BOS"
+    models = [(Checkpoint(path), load_tokenizer(path)) for path in paths]
+    added = dict.fromkeys(source.name for source, tokenizer in models
+                          if tokenizer.add_bos and bos == "own")
+    print("zero-shot, log-likelihood of the choices, worded and split as in lm-evaluation-harness; "
+          + (f"BOS in front for {', '.join(added)}" if added else "no BOS in front")
+          + f" (--bos {bos})"
           + (f"; SUBSET: the first {limit} questions of each task only" if limit else ""))
     print("| checkpoint | task | questions | acc | acc_norm | quoted | loss of the right choice, nats a token |\n"
           "|---|---|---|---|---|---|---|")
-    models = [(Checkpoint(path), load_tokenizer(path)) for path in paths]
     for path, (source, tokenizer) in zip(paths, models, strict=True):
         quoted = {}
         kind = compute_dtype(dtype, device, source.dtype)
         for name, asked in questions.items():
-            pairs = [encode_pair(tokenizer, context, continuation) for item in asked
+            pairs = [encode_pair(tokenizer, context, continuation, bos) for item in asked
                      for context, continuation in zip(item.contexts, item.continuations, strict=True)]
             scores = log_likelihoods(source, pairs, device, kind)
             check_finite({"a log-likelihood": scores}, str(path))
@@ -139,8 +145,8 @@ def zero_shot(paths: list[str | Path], tasks: str, folder: str | None, limit: in
             cells = [with_error(100 * hits, 2) for hits in found.values()]
             loss = with_error(right_losses(asked, scores, [len(continuation) for _, continuation in pairs]), 4)
             quoted[name] = 100 * float(found[TASKS[name].metric].mean())
-            print(f"| {source.path.resolve().name} | {name} | {len(asked)} | {' | '.join(cells)} | {TASKS[name].metric} | "
+            print(f"| {source.name} | {name} | {len(asked)} | {' | '.join(cells)} | {TASKS[name].metric} | "
                   f"{loss} |", flush=True)
         if set(FIVE) <= quoted.keys():
-            print(f"| {source.path.resolve().name} | average of five | | | {sum(quoted[name] for name in FIVE) / 5:.2f} | "
+            print(f"| {source.name} | average of five | | | {sum(quoted[name] for name in FIVE) / 5:.2f} | "
                   "acc_norm, WinoGrande acc | |")

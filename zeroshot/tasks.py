@@ -33,7 +33,7 @@ def number(value: str | int) -> int:
 
 
 def piqa(row: dict) -> Item:
-    """goal, sol1, sol2 and, from the file of labels, label."""
+    """goal, sol1, sol2 and label, which the published form keeps in a file of its own."""
     return question(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], number(row["label"]))
 
 
@@ -64,12 +64,14 @@ def hellaswag(row: dict) -> Item:
 
 def science(row: dict, wording: str) -> Item:
     """ARC and OpenBookQA: the stem and labelled choices, nested in "question" or flat."""
-    inner = row.get("question", row)
-    stem = inner["stem"] if "stem" in inner else row["question_stem"]
+    inner = row["question"] if isinstance(row.get("question"), dict) else row
+    stem = inner[next((name for name in ("stem", "question_stem") if name in inner), "question")]
+    if not isinstance(stem, str):
+        raise ValueError("the question is not a text")
     choices = inner["choices"]
     if isinstance(choices, dict):
         choices = [{"text": text, "label": label} for text, label in zip(choices["text"], choices["label"], strict=True)]
-    gold = [choice["label"] for choice in choices].index(row["answerKey"].strip())
+    gold = [str(choice["label"]) for choice in choices].index(str(row["answerKey"]).strip())
     return question(wording.format(stem), [choice["text"] for choice in choices], gold)
 
 
@@ -85,7 +87,8 @@ def boolq(row: dict) -> Item:
 @dataclass
 class Task:
     """How to find a task's file, make an item of a row, and which metric tables quote."""
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # as published
+    split: str              # in the name of a file that a dataset hub has exported
     item: Callable[[dict], Item]
     metric: str
     home: str
@@ -93,27 +96,47 @@ class Task:
 
 ARC = "https://allenai.org/data/arc"
 TASKS = {
-    "piqa": Task(("valid.jsonl",), piqa, "acc_norm", "https://yonatanbisk.com/piqa/data/ (and valid-labels.lst)"),
-    "winogrande": Task(("dev.jsonl",), winogrande, "acc", "https://winogrande.allenai.org (winogrande_1.1.zip)"),
-    "hellaswag": Task(("hellaswag_val.jsonl", "hellaswag_val.preprocessed.jsonl"), hellaswag, "acc_norm",
+    "piqa": Task(("valid.jsonl",), "validation", piqa, "acc_norm",
+                 "https://yonatanbisk.com/piqa/data/ (and valid-labels.lst)"),
+    "winogrande": Task(("dev.jsonl",), "validation", winogrande, "acc",
+                       "https://winogrande.allenai.org (winogrande_1.1.zip)"),
+    "hellaswag": Task(("hellaswag_val.jsonl", "hellaswag_val.preprocessed.jsonl"), "validation",
+                      hellaswag, "acc_norm",
                       "https://github.com/rowanz/hellaswag (data/hellaswag_val.jsonl)"),
-    "arc_easy": Task(("ARC-Easy-Test.jsonl",), lambda row: science(row, "Question: {}\nAnswer:"), "acc_norm", ARC),
-    "arc_challenge": Task(("ARC-Challenge-Test.jsonl",), lambda row: science(row, "Question: {}\nAnswer:"), "acc_norm", ARC),
-    "openbookqa": Task(("test.jsonl",), lambda row: science(row, "{}"), "acc_norm",
+    "arc_easy": Task(("ARC-Easy-Test.jsonl",), "test",
+                     lambda row: science(row, "Question: {}\nAnswer:"), "acc_norm", ARC),
+    "arc_challenge": Task(("ARC-Challenge-Test.jsonl",), "test",
+                          lambda row: science(row, "Question: {}\nAnswer:"), "acc_norm", ARC),
+    "openbookqa": Task(("test.jsonl",), "test", lambda row: science(row, "{}"), "acc_norm",
                        "https://allenai.org/data/open-book-qa (Data/Main/test.jsonl)"),
-    "boolq": Task(("dev.jsonl", "val.jsonl"), boolq, "acc", "https://github.com/google-research-datasets/boolean-questions"),
+    "boolq": Task(("dev.jsonl", "val.jsonl"), "validation", boolq, "acc",
+                  "https://github.com/google-research-datasets/boolean-questions"),
 }
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")  # the average that papers on depth pruning quote
 
 
 def find(task: str, folder: Path) -> Path:
-    """The task's file, anywhere in the folder under a path that names the task. ValueError if it is not there."""
-    wanted = task.split("_")[0]
+    """The task's file, anywhere in the folder under a path that names the task.
+
+    First the published names; then an export: a *.jsonl with the split in its name, and the task in
+    full in its path (arc_easy, ARC-Easy). ValueError if there is none, or more than one.
+    """
+    files = {path: str(folder.resolve().name / path.relative_to(folder)).lower().replace("-", "_")
+             for path in sorted(folder.rglob("*.jsonl"))}
     for name in TASKS[task].files:
-        for path in sorted(folder.rglob(name)):
-            if wanted in str(Path(folder.resolve().name) / path.relative_to(folder)).lower():
+        for path, where in files.items():
+            if path.name == name and task.split("_")[0] in where:
                 return path
-    raise ValueError(f"{task}: no {' or '.join(TASKS[task].files)} in {folder / wanted}; it comes from {TASKS[task].home}")
+    split = TASKS[task].split
+    found = [path for path, where in files.items()
+             if task in where and split in re.split("[^a-z]+", path.name.lower())]
+    if len(found) > 1:
+        raise ValueError(f"{task}: {found[0]} and {found[1]} may both be meant; leave one")
+    if not found:
+        raise ValueError(f"{task}: no {' or '.join(TASKS[task].files)} in "
+                         f"{folder / task.split('_')[0]}, and no *{split}*.jsonl in "
+                         f"{folder / task}; it comes from {TASKS[task].home}")
+    return found[0]
 
 
 def items(task: str, folder: Path) -> list[Item]:
@@ -121,7 +144,7 @@ def items(task: str, folder: Path) -> list[Item]:
     path = find(task, folder)
     rows = [row for row in read(path).decode("utf-8").split("\n") if row.strip()]
     labels = []
-    if task == "piqa":
+    if task == "piqa" and not all('"label"' in row for row in rows):  # as published
         if not (path.parent / "valid-labels.lst").is_file():
             raise ValueError(f"piqa: no valid-labels.lst beside {path}; it comes from {TASKS[task].home}")
         labels = read(path.parent / "valid-labels.lst").decode("utf-8").split()
