@@ -143,7 +143,7 @@ def convert(path: Path, folder: Path) -> None:
     write_json(folder / "tokenizer.json",
                tokenizer_json(tokens, values["tokenizer.ggml.token_type"], values["tokenizer.ggml.merges"]))
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": values["tokenizer.ggml.add_space_prefix"],
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": values["tokenizer.ggml.add_space_prefix"],
         "add_bos_token": values["tokenizer.ggml.add_bos_token"], "clean_up_tokenization_spaces": False,
         "model_max_length": llama["context_length"], **{f"{name}_token": tokens[i] for name, i in ids.items()}})
     (folder / "chat_template.jinja").write_text(values["tokenizer.chat_template"], encoding="utf-8")

@@ -447,17 +447,19 @@ def test_bytes_without_a_token_vanish(tmp_path, pre):
     missing = {4, 6, 0xC3, 0xF0, *range(0xF5, 0x100)}
     reference = Tokenizer(models.BPE())
     reference.pre_tokenizer, reference.decoder = pre(), decoders.ByteLevel()
-    reference.train_from_iterator([tiny.text(), "don't 123 4567 12.5"] * 3, trainers.BpeTrainer(
+    reference.train_from_iterator([tiny.text(), "don't 123 4567 12.5" + " a-- -- ... ''" * 500] * 3, trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=[char for char in ByteLevel.alphabet() if byte_alphabet()[char] not in missing]))
     reference.save(str(tmp_path / "tokenizer.json"))
     ours, seen = load_tokenizer(tmp_path), 0
-    for text in random_texts(1500, seed=8, specials=("<|endoftext|>", "a\x04b", "cé\x06d")):
+    signs, rng = ["\x04", "\x06", "\x1c", "-", "'", "s", " ", "a", "1", "_", "\n", ".", "é"], random.Random(9)
+    close = ["".join(rng.choices(signs, k=rng.randint(2, 9))) for _ in range(3000)]  # signs next to lost bytes
+    for text in [*close, *random_texts(1500, seed=8, specials=("<|endoftext|>", "a\x04b", "cé\x06d"))]:
         ids = ours.encode(text)
         assert ids == reference.encode(text).ids, repr(text)
         assert ours.decode(ids) == reference.decode(ids)
         seen += any(byte in missing for byte in text.encode())
-    assert seen > 500 and len(ours.encode("a\x04b")) == 2
+    assert seen > 500 and len(ours.encode("a\x04b")) == 2 and len(ours.encode("-\x04-")) == 1
 
 
 def test_ids_in_gaps_are_left_out(tmp_path):

@@ -254,8 +254,7 @@ def byte_level(path: Path, ranks: dict[bytes, int], token_bytes: dict[int, bytes
     """A Tokenizer that runs byte-level BPE in tiktoken.
 
     It splits by `pattern`, then merges the pair of lowest rank first. `space`: a text that does not
-    start with a space gets one. A byte without a token vanishes, as it does in `tokenizers`; but
-    there its neighbours in the same word may then be merged, here they stay apart.
+    start with a space gets one. A byte without a token vanishes from the ids.
     """
     if space and pattern != GPT2:
         raise ValueError(f"{path}: add_prefix_space goes with GPT-2's way to split text only")
@@ -268,8 +267,10 @@ def byte_level(path: Path, ranks: dict[bytes, int], token_bytes: dict[int, bytes
     except Exception as error:  # tiktoken raises bare Exceptions of several kinds
         raise ValueError(f"{path}: not a usable byte-level BPE vocabulary ({error})") from None
 
+    lost = vanishing(missing)
+
     def encode(text: str, is_first: bool) -> list[int]:
-        text = " " + text if space and not text.startswith(" ") else text
+        text = lost.sub("", " " + text if space and not text.startswith(" ") else text)
         if any(run.end() - run.start() > LONGEST_RUN for run in re.finditer(r"\s\s+", text)):
             raise ValueError(f"the text has a run of more than {LONGEST_RUN} spaces or line breaks,"
                              " too long for this tokenizer; shorten it")
@@ -277,6 +278,19 @@ def byte_level(path: Path, ranks: dict[bytes, int], token_bytes: dict[int, bytes
         return [i for i in ids if i < end] if missing else ids
     form = (lambda text: unicodedata.normalize(normalize, text)) if normalize else str
     return Tokenizer(encode, form, added, token_bytes, bos_id, add_bos)
+
+
+def vanishing(missing: list[bytes]) -> re.Pattern:
+    """An expression for characters without a token that are to be taken out before words are cut.
+
+    That lets their neighbours be merged, as in `tokenizers`. It is right only between two signs of
+    one word (neither letter, digit nor white space), or between the space of a word and its first
+    sign: elsewhere the character separates words and has to stay until they are cut.
+    """
+    sign = r"[^\w\s]|[_\x1c-\x1f]"  # the last four are no white space to tiktoken
+    found = [byte.decode() for byte in missing if byte < b"\x80" and re.match(sign, byte.decode())]
+    any_of = "[" + "".join(map(re.escape, found)) + "]+" if found else r"(?!)"
+    return re.compile(f"(?<= |{sign}){any_of}(?={sign})")
 
 
 def merge_ranks(path: Path, vocab: dict[str, int], merges: list[list[str]],
