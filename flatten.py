@@ -1,74 +1,83 @@
-"""FlattenGPT: compress a LLaMA/Qwen by turning depth into width, then cutting the width (arXiv 2602.08858).
+"""FlattenGPT: make a LLaMA/Qwen shallower by turning depth into width, then cutting the width.
 
 Neighbouring blocks read almost the same input. So let them read exactly the same one:
 
-    one after the other     x1 = x + B1(x),  y = x1 + B2(x1)
-    side by side            y ~ x + B1(x) + B2(x)            one block, with the heads and channels of both
+    one after the other    x1 = x + B1(x),  y = x1 + B2(x1)
+    side by side           y ~ x + B1(x) + B2(x)      one block with the heads and channels of both
 
-1. measure   S, how alike the inputs of the blocks are                         calibrate.py   measure
-2. group     join, again and again, the neighbours whose ends are most alike     flatten.py     select_groups
-3. flatten   fold the norms, concatenate the blocks of a group                 flatten.py     flatten_blocks
-4. prune     keep the best heads and channels, fold in the others              prune.py       prune_block
+1. measure   S, how alike the inputs of the blocks are               calibrate.py  measure
+2. group     join, again and again, the neighbours most alike        flatten.py    select_groups
+3. flatten   fold the norms, concatenate the blocks of a group       flatten.py    flatten_blocks
+4. prune     keep the best heads and channels, fold in the others    prune.py      prune_heads,
+                                                                                   prune_channels
 
-The result is an ordinary checkpoint with fewer blocks.
+merge_groups takes steps 3 and 4 through the model, group by group: start reading there. The result
+is an ordinary checkpoint with fewer blocks. Paper: FlattenGPT, arXiv 2602.08858.
 
-    python flatten.py                                           a tour of the method on the bundled checkpoint
-    python flatten.py --ckpt PATH --ratio 0.2                   flatten a model; measure it before and after
-    python flatten.py --ckpt PATH --ratio 0.2 --keep-wide       stop after step 3
-    python flatten.py --ckpt PATH --ratio 0.2 --refit           fit each merged block to the dense model (beyond the paper)
+    python flatten.py                                         flatten the bundled checkpoint
+    python flatten.py --ckpt PATH --ratio 0.2                 flatten a model, compare perplexity
+    python flatten.py --ckpt PATH --ratio 0.2 --keep-wide     stop after step 3
+    python flatten.py --ckpt WIDE                             do step 4 on what --keep-wide wrote
 """
 import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import console
-from beyond.regression import RIDGE
-from calibrate import (
-    Runner,
-    add_arguments,
-    check_finite,
-    compute_dtype,
-    defaults,
-    describe_run,
-    embed,
-    measure,
-    read_tokens,
-)
-from checkpoint.config import Config
+from calibrate import measure, read_tokens
+from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
-from console import progress, run
-from evaluate import compare, windows_of
-from prune import probe, prune_and_report, prune_block, relative_error, row, through
+from console import progress
+from console.options import PAPER, add_run_options, compute_dtype, defaults, describe_run
+from console.report import explain, row
+from evaluate import compare, probe, relative_error, through, windows_of
+from model import Runner, check_finite, embed
+from prune import of_block, prune_attention, prune_channels, prune_heads, prune_mlp
 from text.tokenizer import load_tokenizer
-from text.wikitext import held_out_text
+from text.wikitext import PYTHON, held_out_text
 
-READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
+READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
+                                    "self_attn.v_proj.weight"),
          "post_attention_layernorm.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
-WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # their inputs are joined; of all others the outputs
+WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # joined at their inputs
+Halves = tuple[Callable, Callable]  # of a merge: the attention's and the MLP's, see merge_groups
 
+
+# ---- step 2: which blocks
 
 def merges_for_ratio(config: Config, ratio: float, max_group: int) -> int:
-    """The smallest number of merges (blocks removed) that removes at least `ratio` of all parameters.
+    """Count the merges (blocks removed) that are needed to remove `ratio` of all parameters.
 
-    Embeddings and head count. ValueError outside (0, 1), or if groups of max_group blocks cannot remove that much.
+    The smallest number that removes at least this share; embeddings and head count. ValueError
+    outside (0, 1), or if groups of max_group blocks cannot remove that much.
     """
     if not 0 < ratio < 1:
-        raise ValueError(f"--ratio is the fraction of all parameters to remove, between 0 and 1; got {ratio} "
-                         "(for 20 % write 0.2)")
+        raise ValueError("--ratio is the fraction of all parameters to remove, between 0 and 1; "
+                         f"got {ratio} (for 20 % write 0.2)")
     most = mergeable([[i] for i in range(config.num_hidden_layers)], max_group)
     share = config.block_parameters() / config.parameters()
     for merges in range(1, most + 1):
         if merges * share >= ratio:
             return merges
-    raise ValueError(f"--ratio {ratio} is out of reach: {config.num_hidden_layers} blocks in groups of at most {max_group} "
-                     f"allow {most} merges, which remove {most * share:.4f} of all parameters")
+    raise ValueError(f"--ratio {ratio} is out of reach: {config.num_hidden_layers} blocks in "
+                     f"groups of at most {max_group} allow {most} merges, which remove "
+                     f"{most * share:.4f} of all parameters")
 
 
 def mergeable(groups: list[list[int]], max_group: int) -> int:
-    """How many more merges of neighbours are possible if no group may exceed max_group blocks."""
+    """Count how many more merges of neighbours are possible in groups of at most max_group blocks.
+
+    Packs the groups from left to right into bins of max_group blocks. Each bin can become one
+    group, so every group beyond the first of its bin is a merge. A group that is too large already
+    gets a bin of its own.
+    """
     bins, room = 0, 0
     for group in groups:
         if len(group) > room:
@@ -78,11 +87,13 @@ def mergeable(groups: list[list[int]], max_group: int) -> int:
 
 
 def select_groups(S: Tensor, merges: int, max_group: int) -> list[list[int]]:
-    """Which blocks to join: `merges` times, the two neighbouring groups whose *ends* are most alike (paper Alg. 1).
+    """Choose which blocks to join, from their similarities S (L, L). Returns all L blocks, grouped.
 
-    The similarity of groups P, Q is S[first of P, last of Q]: across the whole span, so long groups must earn it. It is
-    what remains if each merge of (l-1, l) deletes column l-1 and row l of S (L, L). A merge that would leave too few
-    for the rest within max_group is passed over.
+    `merges` times, join the two neighbouring groups whose *ends* are most alike (paper Alg. 1). The
+    similarity of groups P, Q is S[first of P, last of Q], so a long group must be alike across its
+    whole span. The algorithm as printed says the same: a merge of (l-1, l) deletes column l-1 and
+    row l of S. A merge that would leave too few for the rest within max_group is passed over. Ties
+    go to the first.
     """
     groups = [[i] for i in range(len(S))]
     for left in range(merges, 0, -1):
@@ -95,10 +106,13 @@ def select_groups(S: Tensor, merges: int, max_group: int) -> list[list[int]]:
     return groups
 
 
-def fold_norms(block: Weights) -> Weights:
-    """The same block with norms of weight one: W diag(a) reads x/rms(x) as W reads a * x/rms(x) (paper section 3.2).
+# ---- step 3: depth becomes width
 
-    The product in float32, or better; biases come after it and stay. q_norm and k_norm act on heads and stay.
+def fold_norms(block: Weights) -> Weights:
+    """Move the norms' weights into the projections that read them; the norms become ones.
+
+    W diag(a) reads x/rms(x) as W reads a * x/rms(x) (paper section 3.2). The product is taken in
+    float32 or better. Biases come after it and stay; q_norm and k_norm act on heads and stay.
     """
     folded = dict(block)
     for norm, readers in READS.items():
@@ -109,168 +123,285 @@ def fold_norms(block: Weights) -> Weights:
 
 
 def flatten_blocks(blocks: list[Weights]) -> Weights:
-    """One block whose attention and MLP are the sums of theirs, for any input (paper Eqs. 7-11). For any number of blocks.
+    """Join any number of blocks into one whose attention and MLP are the sums of theirs.
 
-    Heads and channels are laid member after member, query heads and KV heads alike, so every query keeps its keys.
-    A single block comes back untouched.
+    That holds for any input (paper Eqs. 7-11). Heads and channels are laid member after member,
+    query heads and KV heads alike, so every query keeps its keys. One block alone comes back
+    untouched.
     """
     if len(blocks) == 1:
         return blocks[0]
     blocks = [fold_norms(block) for block in blocks]
-    return {name: blocks[0][name] if name in READS else
-            torch.cat([block[name] for block in blocks], dim=1 if name in WRITES else 0) for name in blocks[0]}
+    wide = {}
+    for name, tensor in blocks[0].items():
+        members = [block[name] for block in blocks]
+        wide[name] = tensor if name in READS else torch.cat(members, dim=1 if name in WRITES else 0)
+    return wide
+
+
+# ---- steps 3 and 4, through the whole model
+
+def merge_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner,
+                 merge_attention: Callable, merge_mlp: Callable) -> Iterator[tuple[Weights, dict]]:
+    """Make one block of each group. Yields the blocks in order, each with what it kept.
+
+    xs (N, T, C) is the stream that enters the first group. It passes through every new block, in
+    place, so each group is merged on what the compressed model will feed it. The two callables are
+    the halves of a merge; `paper` makes the paper's. ValueError, naming the group, if anything
+    becomes NaN or infinite.
+    """
+    for group in groups:
+        with console.naming(f"blocks {group}"):
+            members = [source.block(i) for i in group]
+            block, heads = merge_attention(members, xs)  # one block, attention of ordinary width
+            runner.attend(block, xs)
+            block, channels = merge_mlp(block, xs)       # its MLP, judged on what those heads write
+            runner.feed(block, xs)                       # the next group sees the compressed model
+            check_finite(block, "the merged block")
+        yield block, heads | channels
+
+
+def paper(runner: Runner, ridge: float, **options) -> Halves:
+    """Return the halves of the paper's merge: flatten and prune the heads; prune the channels.
+
+    `ridge` is in mean eigenvalues of C. `options` are those of prune_channels.
+    """
+    def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
+        return prune_heads(flatten_blocks(members), xs, runner)
+
+    def mlp(block: Weights, xs: Tensor) -> tuple[Weights, dict]:
+        return prune_channels(block, xs, runner, ridge, **options)
+    return attention, mlp
+
+
+def keep_wide() -> Halves:
+    """Return the halves of a merge that only flattens: nothing is pruned."""
+    return lambda members, xs: (flatten_blocks(members), {}), lambda block, xs: (block, {})
+
+
+# ---- what a run reports
+
+def with_errors(blocks: Iterator[tuple[Weights, dict]], source, groups: list[list[int]], xs: Tensor,
+                runner: Runner) -> Iterator[tuple[Weights, dict]]:
+    """Pass on what merge_groups yields, and add to each report the errors of the merged block.
+
+    They are relative errors on one window in sixteen: after flattening, after the best heads and
+    channels have been selected, and after the others have been folded in.
+    """
+    for group in groups:
+        start = probe(xs)
+        block, report = next(blocks)
+        members = [source.block(i) for i in group]
+        wide = flatten_blocks(members)
+        if len(group) > 1:
+            target = through(members, start, runner)
+            flattened = through([wide], start, runner)
+            report["error_flattened"] = relative_error(flattened, target, start)
+        if "channels" in report:
+            target = through(members, start, runner)
+            selected = through([selection(wide, report, runner.config)], start, runner)
+            report["error_selected"] = relative_error(selected, target, start)
+            report["error_compensated"] = relative_error(xs[:len(start)], target, start)
+        yield block, report
+
+
+def selection(wide: Weights, kept: dict, config: Config) -> Weights:
+    """Cut a wide block to the heads and channels that were kept, and fold nothing in."""
+    block = prune_attention(wide, of_block(kept["kv_heads"], config.num_key_value_heads), config)
+    channels = of_block(kept["channels"], config.intermediate_size)
+    return prune_mlp(block, channels, block["mlp.down_proj.weight"][:, channels])
+
+
+def new_reports(groups: list[list[int]], S: Tensor) -> list[dict]:
+    """Start the report of each group: its blocks, and how alike its ends are."""
+    return [{"blocks": group, "similarity": float(S[group[0], group[-1]])} for group in groups]
+
+
+def tell(blocks: Iterator[tuple[Weights, dict]], source: Checkpoint, groups: list[list[int]],
+         reports: list[dict]) -> Iterator[Weights]:
+    """Pass on all blocks, complete their reports, and print a line about each merged one.
+
+    `groups` are of the source's blocks.
+    """
+    last = max((k for k, report in enumerate(reports, 1) if len(report["blocks"]) > 1), default=0)
+    merged = zip(reports[:last], blocks, strict=False)
+    for report, (block, found) in progress(merged, "merge: groups", last):
+        if found:
+            report |= found
+            print(row(report, source.config))
+        yield block
+    for group in groups[last:]:  # after the last merge nobody needs the stream: copy the rest
+        yield source.block(group[0])
+
+
+# ---- the command
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that writes a compressed checkpoint."""
+    parser.add_argument("--ckpt", help="checkpoint folder: config.json, *.safetensors, tokenizer")
+    parser.add_argument("--ratio", type=float, default=0.2,
+                        help="fraction of all parameters to remove (default 0.2)")
+    parser.add_argument("--out", type=Path, help="result (default out/NAME-METHOD-RATIO)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues")
+    parser.add_argument("--max-group", type=int,
+                        help="most blocks to join into one (default: no limit; 2: pairs only)")
+    parser.add_argument("--explain", action="store_true", help="say more about what was chosen")
+    parser.add_argument("--no-eval", action="store_true",
+                        help="do not compare perplexity at the end")
+    add_run_options(parser)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the options. Without --ckpt they are completed to those of the quick start."""
+    parser = console.parser("Flatten neighbouring blocks, then prune to ordinary width.", __doc__)
+    add_options(parser)
+    parser.add_argument("--keep-wide", action="store_true",
+                        help="save the wide blocks, unpruned (our loader only)")
+    given = {word.partition("=")[0] for word in sys.argv}
+    if moved := sorted({"--refit", "--group-by"} & given):
+        raise ValueError(f"{' and '.join(moved)} moved to a command of its own: "
+                         "python -m beyond.refit --help")
+    args = parser.parse_args()
+    if args.ckpt is None:
+        quick_start(args)
+    return args
+
+
+def quick_start(args: argparse.Namespace) -> None:
+    """Complete the options for the bundled checkpoint. An earlier result of it may be replaced."""
+    args.ckpt = os.path.relpath(BUNDLED)
+    defaults(args, {"data": PYTHON, "samples": 64, "length": 256})
+    if args.out is None:
+        args.out = Path("out") / f"demo-{'wide' if args.keep_wide else 'flat'}-{args.ratio}"
+        record = args.out / "flatten.json"
+        if record.is_file() and f"--ckpt {args.ckpt} " in str(read_json(record).get("command")):
+            args.overwrite = True
 
 
 def check_flattenable(source: Checkpoint) -> None:
     """ValueError for a checkpoint whose blocks cannot be joined."""
     if source.is_wide:
-        raise ValueError(f"{source.path} has been flattened already (--keep-wide); prune.py does the rest")
+        raise ValueError(f"{source.path} has been flattened already (--keep-wide); "
+                         f"python flatten.py --ckpt {source.path} does the rest")
     if len(set(source.config.layer_types)) > 1:
-        raise ValueError(f"{source.path}/config.json: layer_types mixes sliding and full attention; such blocks cannot be "
-                         "joined")
+        raise ValueError(f"{source.path}/config.json: layer_types mixes sliding and full "
+                         "attention; such blocks cannot be joined")
 
 
-def compress(members: list[Weights], xs: Tensor, runner: Runner, ridge: float, keep_wide: bool, where: str,
-             dense: Tensor | None = None) -> tuple[Weights, dict]:
-    """(the block that replaces these, what came of it); the stream xs (N, T, C) passes through it, in place.
+def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
+         largest: int | None = None) -> int:
+    """Check what can be known to fail before the long work. Returns the number of merges.
 
-    With the stream of the dense model, which passes through the members, the block is fitted to that (beyond/refit.py).
-    ValueError, naming `where`, if anything becomes NaN or infinite.
+    Completes the options: `kind` is a part of the default output's name, `ridge` the default ridge,
+    `largest` the most blocks that a group may have.
     """
-    if len(members) == 1:
-        for stream in (xs,) if dense is None or dense is xs else (xs, dense):
-            runner.run_block(members[0], stream)
-        return members[0], {}
-    start = probe(xs)
-    if dense is not None:
-        from beyond.refit import refit_block  # here, because it calls this file's functions
-        weights, found = refit_block(members, xs, dense, runner, where, ridge)
-        return weights, found | {"error_refit": relative_error(xs[:len(start)], dense[:len(start)], start)}
-    wide = flatten_blocks(members)
-    check_finite(wide, where)
-    target = through(members, start, runner)
-    found = {"error_flattened": relative_error(through([wide], start, runner), target, start)}
-    if keep_wide:
-        runner.run_block(wide, xs)
-        return wide, found
-    weights, more = prune_and_report(wide, xs, runner, ridge, start, target, where)
-    return weights, found | more
+    check_flattenable(source)
+    defaults(args, {"ridge": ridge})
+    args.max_group = largest if args.max_group is None else args.max_group
+    if args.max_group is not None and not 2 <= args.max_group <= (largest or args.max_group):
+        limit = f" and at most {largest}" if largest else ""
+        raise ValueError(f"--max-group must be at least 2{limit}; got {args.max_group}")
+    args.out = args.out or Path("out") / f"{source.name}-{kind}-{args.ratio}"
+    if not args.no_eval:
+        text, _ = held_out_text(args.data)
+        windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length)
+    most = args.max_group or source.config.num_hidden_layers
+    return merges_for_ratio(source.config, args.ratio, most)
 
 
-def groups_by_damage(source: Checkpoint, tokens: Tensor, runner: Runner, args: argparse.Namespace, merges: int,
-                     max_group: int) -> list[list[int]]:
-    """The groups whose merges, tried one by one, change what the model predicts least (beyond/grouping.py)."""
-    from beyond import grouping, refit  # here, because refit calls this file's functions
-
-    def make(members: list[Weights], xs: Tensor, dense: Tensor) -> Weights:
-        where = f"a trial merge of {len(members)} blocks"
-        if args.refit:
-            return refit.refit_block(members, xs, dense, runner, where, args.ridge, refit.QUICK)[0]
-        return prune_block(flatten_blocks(members), xs, runner, args.ridge, where=where)[0]
-    found = grouping.damages(source, tokens, runner, make, merges, max_group)
-    return grouping.least_damage(found, source.config.num_hidden_layers, merges)
+def start_runner(source: Checkpoint, args: argparse.Namespace, text: str) -> Runner:
+    """Make a Runner as the options ask for, and print what is about to happen."""
+    dtype = compute_dtype(args.dtype, args.device, source.dtype)
+    print(f"{source.path}: {source.config.num_hidden_layers} blocks, calibrated on "
+          f"{args.samples} x {args.length} tokens of {text}")
+    return Runner(source.config, args.length, args.device, dtype)
 
 
-def explain(groups: list[dict], S: Tensor, config: Config) -> None:
-    """Print how the groups came about and what pruning saw."""
-    print("\nsimilarity of neighbours' inputs, S[i, i+1]: "
-          + " ".join(f"{value:.3f}" for value in S.diagonal(1)))
-    for group in groups:
-        if "head_scores" not in group:
-            continue
-        scores = torch.tensor(group["head_scores"]).view(len(group["blocks"]), -1)
-        total = len(group["blocks"]) * config.intermediate_size
-        print(f"blocks {group['blocks'][0]}-{group['blocks'][-1]}: mean head score of each member "
-              f"{' '.join(f'{value:.3g}' for value in scores.mean(1))}; the {total} channels have "
-              f"{group['effective_dimension']:.1f} effective dimensions at ridge {group['ridge']:.3g}")
-    print("error columns: |y - dense| / |dense - x|, mean over tokens of one calibration window in sixteen. flattened: the "
-          "blocks side by side; selected: only the best heads and channels; compensated: the other channels folded in; "
-          "refit: fitted, and measured against the stream of the whole dense model, with what earlier groups have lost")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = console.parser("Flatten neighbouring blocks, then prune back to the original width.", __doc__)
-    parser.add_argument("--ckpt", help="checkpoint folder: config.json, *.safetensors, tokenizer (default: a tour of the "
-                                       "method on the bundled checkpoint)")
-    parser.add_argument("--ratio", type=float, default=0.2, help="fraction of all parameters to remove (default 0.2)")
-    parser.add_argument("--out", type=Path, help="result (default out/NAME-flat-RATIO, or -refit-, -wide-)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.add_argument("--refit", action="store_true", help="fit each merged block to the dense model's streams")
-    parser.add_argument("--group-by", choices=("similarity", "damage"), default="similarity",
-                        help="join what is most alike (default, the paper's), or what does least damage when tried (groups "
-                             "of at most three)")
-    parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues (default 10, the paper's; 0.01 with --refit)"
-                        )
-    parser.add_argument("--max-group", type=int, help="most blocks to join into one (default: no limit; 2 is pairs only)")
-    parser.add_argument("--keep-wide", action="store_true", help="save the wide blocks, unpruned (our loader only)")
-    parser.add_argument("--explain", action="store_true", help="say more about what was measured and chosen")
-    parser.add_argument("--no-eval", action="store_true", help="do not compare perplexity at the end")
-    add_arguments(parser)
-    args = parser.parse_args()
-    if args.max_group is not None and args.max_group < 2:
-        raise ValueError(f"--max-group must be at least 2; got {args.max_group}")
-    if args.refit and args.keep_wide:
-        raise ValueError("--refit chooses and fits heads and channels in one go; it cannot stop before that (--keep-wide)")
-    return args
+def conclude(source: Checkpoint, args: argparse.Namespace, record: dict) -> None:
+    """Print what was written, and the perplexity of the dense model and of the result."""
+    print(f"wrote {args.out}: {len(record['groups'])} blocks, {record['parameters_before']:,} -> "
+          f"{record['parameters_after']:,} parameters, ratio {record['ratio_reached']:.4f} "
+          f"(asked {args.ratio})")
+    if not args.no_eval:
+        compare([source.path, args.out], *held_out_text(args.data), window=args.length,
+                device=args.device, dtype=args.dtype, stream=True)
 
 
 def main() -> None:
     args = parse_args()
-    if args.ckpt is None:
-        from demo.tour import tour  # here, because the tour calls this file's functions
-        return tour(args)
-    defaults(args, {"ridge": RIDGE} if args.refit else None)
     source = Checkpoint(args.ckpt)
-    check_flattenable(source)
-    config, max_group = source.config, args.max_group or source.config.num_hidden_layers
-    if args.group_by == "damage":
-        from beyond.grouping import LARGEST
-        if args.max_group is not None and args.max_group > LARGEST:
-            raise ValueError(f"--group-by damage tries groups of at most {LARGEST}; got --max-group {args.max_group}")
-        max_group = min(max_group, LARGEST)
-    merges = merges_for_ratio(config, args.ratio, max_group)
-    kind = "wide" if args.keep_wide else "refit" if args.refit else "flat"
-    out = args.out or Path("out") / f"{source.name}-{kind}-{args.ratio}"
-    judged = None if args.no_eval else held_out_text(args.data)
-    if judged:  # now, not after hours
-        windows_of(torch.tensor(load_tokenizer(source.path).encode(judged[0])), args.length)
-    with Writer(out, source, args.overwrite) as writer:
-        tokens, text = read_tokens(source.path, args)                                # (N, T)
-        runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
-        print(f"{source.path}: {len(config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of {text}")
-        S = measure(source, tokens, runner).S                                        # (L, L)
-        chosen = select_groups(S, merges, max_group) if args.group_by == "similarity" else \
-            groups_by_damage(source, tokens, runner, args, merges, max_group)
-        groups = [{"blocks": blocks, "similarity": float(S[blocks[0], blocks[-1]])} for blocks in chosen]
-        xs = embed(source.outer(), tokens, runner.dtype)                             # (N, T, C), enters block 0
-        dense = xs if args.refit else None                     # one stream until blocks are first joined
-        for group in progress(groups, "flatten and prune: blocks", len(groups)):
-            members = [source.block(i) for i in group["blocks"]]
-            if dense is xs and len(members) > 1:
-                dense = xs.clone()
-            where, weights, found = f"blocks {group['blocks']}", members[0], {}
-            if merges:                                         # behind the last joined blocks nothing reads the streams
-                weights, found = compress(members, xs, runner, args.ridge, args.keep_wide, where, dense)
-            merges -= len(members) - 1
-            writer.add(weights)
-            if found:
-                group |= found
-                print(row(group, config))
-        method = "FlattenGPT (arXiv 2602.08858)" + (", fitted to the dense model" if args.refit else "")
-        record = {"method": method, "grouped_by": args.group_by, "ratio_asked": args.ratio, "groups": groups,
-                  **describe_run("flatten.py", args, tokens, text, runner, ratio=args.ratio, keep_wide=args.keep_wide,
-                                 refit=args.refit, group_by=None if args.group_by == "similarity" else args.group_by)}
-        record = writer.finish([group["blocks"] for group in groups], record, args.keep_wide)
-    print(f"wrote {out}: {len(groups)} blocks, {record['parameters_before']:,} -> {record['parameters_after']:,} parameters"
-          f", ratio {record['ratio_reached']:.4f} (asked {args.ratio})")
+    if source.is_wide:
+        return prune_wide(source, args)
+    merges = plan(source, args, "wide" if args.keep_wide else "flat", PAPER["ridge"])
+    with Writer(args.out, source, args.overwrite) as writer:
+        tokens, text = read_tokens(source.path, args)                   # (N, T)
+        runner = start_runner(source, args, text)
+        S = measure(source, tokens, runner).S                           # (L, L)
+        groups = select_groups(S, merges, args.max_group or len(S))
+        xs = embed(source.outer(), tokens, runner.dtype)                # (N, T, C), enters block 0
+        halves = keep_wide() if args.keep_wide else paper(runner, args.ridge)
+        blocks = merge_groups(source, groups, xs, runner, *halves)
+        blocks, reports = with_errors(blocks, source, groups, xs, runner), new_reports(groups, S)
+        for block in tell(blocks, source, groups, reports):
+            writer.add(block)
+        record = {"method": "FlattenGPT (arXiv 2602.08858)", "ratio_asked": args.ratio,
+                  "groups": reports, **describe_run("flatten.py", args, tokens, text, runner.dtype,
+                                                    ratio=args.ratio, keep_wide=args.keep_wide)}
+        record = writer.finish(groups, record, args.keep_wide)
     if args.keep_wide:
-        print(f"the blocks are wide still: python prune.py --ckpt {out} brings them back to the ordinary width")
+        print(f"the blocks are wide still: python flatten.py --ckpt {args.out} prunes them")
     if args.explain:
-        explain(groups, S, config)
-    if judged:
-        compare([args.ckpt, out], *judged, window=args.length, device=args.device, dtype=args.dtype,
-                stream=True)
+        explain(reports, S, source.config)
+    conclude(source, args, record)
+
+
+# ---- step 4 on its own
+
+def read_record(source: Checkpoint) -> dict:
+    """Read the flatten.json of a wide checkpoint. ValueError if it does not fit the checkpoint."""
+    path = source.path / "flatten.json"
+    try:
+        record = read_json(path)
+        widths = tuple(len(group["blocks"]) for group in record["groups"])
+        similarities = [group["similarity"] for group in record["groups"]]
+        fits = (widths == source.config.widths and isinstance(record["settings"], dict)
+                and isinstance(record["command"], str)
+                and all(isinstance(value, float) for value in similarities))
+    except (OSError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is missing or not what flatten.py --keep-wide wrote for this "
+                         "checkpoint; flatten again")
+    return record
+
+
+def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
+    """Do step 4 on a checkpoint that was saved after step 3. Its settings are the defaults."""
+    for name, unset in (("keep_wide", False), ("ratio", 0.2), ("max_group", None)):
+        if getattr(args, name) != unset:
+            raise ValueError(f"--{name.replace('_', '-')} is for a model that has not been "
+                             f"flattened; {source.path} has been")
+    record = read_record(source)
+    defaults(args, record["settings"])
+    out = args.out or Path("out") / f"{source.name}-pruned"
+    with Writer(out, source, args.overwrite) as writer:
+        tokens, text = read_tokens(source.path, args)
+        runner = start_runner(source, args, text)
+        check_finite(source.outer(), "outside the blocks")
+        xs = embed(source.outer(), tokens, runner.dtype)
+        groups = [[i] for i in range(len(source.config.widths))]
+        blocks = merge_groups(source, groups, xs, runner, *paper(runner, args.ridge))
+        for report in record["groups"]:
+            report.pop("error_flattened", None)
+        blocks = with_errors(blocks, source, groups, xs, runner)
+        for block in tell(blocks, source, groups, record["groups"]):
+            writer.add(block)
+        record |= {"flatten_command": record["command"], "errors_relative_to": "wide block",
+                   **describe_run("flatten.py", args, tokens, text, runner.dtype)}
+        record = writer.finish([report["blocks"] for report in record["groups"]], record)
+    print(f"wrote {out}: {record['parameters_after']:,} parameters")
 
 
 if __name__ == "__main__":
-    run(main)
+    console.run(main)

@@ -1,69 +1,69 @@
-"""Cut a wide block back to the width of an ordinary one: keep the best heads and channels, and repair the MLP.
+"""Cut a wide block to ordinary width: keep the best heads and channels, and repair the MLP.
 
-Heads (paper section 3.3): a head matters as much as it writes, so its score is the size of what it hands to o_proj times
-the size of the rows of W_O that read it. The unit is a KV head with its query heads, else grouped-query attention breaks.
+Heads (paper section 3.3): a head matters as much as it writes. So its score is the size of what it
+hands to o_proj times the size of the rows of W_O that read it. The unit is a KV head with its query
+heads, for grouped-query attention would break otherwise.
 
-Channels: with C = E[psi psi^T] over tokens (psi: what the channels hand to down_proj) and a ridge lambda,
+Channels: with C = E[psi psi^T] over tokens (psi: what the channels hand to down_proj) and a ridge
+lambda,
 
-    s_i = [ C (C + lambda I)^-1 ]_ii                                          keep the channels of largest s
-    W_down,K  <-  W_down,K + W_down,R C_RK (C_KK + lambda I)^-1               fold the dropped R into the kept K
+    s_i = [ C (C + lambda I)^-1 ]_ii
+    W_down,K  <-  W_down,K + W_down,R C_RK (C_KK + lambda I)^-1
 
-The ridge leverage s_i is how poorly the other channels can stand in for channel i; the second line (Nystrom) lets them
-do so as well as they can.
+The ridge leverage s_i says how poorly the other channels can stand in for channel i. The channels K
+of largest s are kept. The second line (Nystrom) folds the dropped channels R into them, so that
+they stand in for R as well as they can.
 
-    python prune.py --ckpt WIDE            prunes a checkpoint that flatten.py --keep-wide has written
+flatten.py runs this on every block that it has flattened. A checkpoint that was saved before this
+step (`flatten.py --keep-wide`) is pruned by `python flatten.py --ckpt WIDE`.
 """
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 import console
-from calibrate import (
-    Runner,
-    add_arguments,
-    check_finite,
-    compute_dtype,
-    defaults,
-    describe_run,
-    embed,
-    read_tokens,
-)
-from checkpoint.config import Config, read_json
-from checkpoint.reader import Checkpoint, Weights
-from checkpoint.writer import Writer
-from console import progress, run
+from checkpoint.config import Config
+from checkpoint.reader import Weights
+from model import Block, Runner, check_finite, symmetric
 
+# ---- heads
 
 def query_heads_of(kv_heads: Tensor, n_rep: int) -> Tensor:
-    """Query heads served by these KV heads: KV head j serves j*n_rep .. j*n_rep + n_rep-1, so [1, 2], 4 -> [4..11]."""
+    """Return the query heads that these KV heads serve.
+
+    KV head j serves j*n_rep .. j*n_rep + n_rep-1: the KV heads [1, 2] serve [4..11] if n_rep is 4.
+    """
     return (kv_heads[:, None] * n_rep + torch.arange(n_rep)).flatten()
 
 
 def channels_of(heads: Tensor, head_dim: int) -> Tensor:
-    """Channels of these heads: rows of q, k, v_proj, columns of o_proj. Never a part: RoPE turns i with i + head_dim/2."""
+    """Return the channels of these heads: rows of q, k and v_proj, or columns of o_proj.
+
+    A head is kept or dropped as a whole, because RoPE turns channel i with channel i + head_dim/2.
+    """
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def head_importance(sizes: Tensor, o_proj: Tensor, kv_heads: int) -> Tensor:
-    """Score of each KV head with its query heads: sum over their channels c of E|o_c| * |row c of W_O|. -> (KV,)
+    """Score each KV head with its query heads, (KV,): sum over their channels of E|o_c| |W_O,c|.
 
-    sizes (H*D,) is E|o_c|, o the input of o_proj; row c of W_O is column c of o_proj (C, H*D). Paper
-    section 3.3, which leaves open how the vector becomes one number and what a KV head scores: both are sums here.
+    sizes (H*D,) is E|o_c|, with o the input of o_proj. W_O,c, row c of W_O, is column c of o_proj
+    (C, H*D). Paper section 3.3. It leaves open how the vector becomes one number, and what a KV
+    head scores: both are sums here.
     """
     return (sizes * o_proj.to(sizes).norm(dim=0)).view(kv_heads, -1).sum(1)
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest scores, in ascending order; of equals the first."""
+    """Return the indices of the k largest scores, in ascending order. Ties go to the first."""
     return scores.sort(descending=True, stable=True).indices[:k].sort().values
 
 
 def keep_kv_heads(scores: Tensor, config: Config) -> Tensor:
-    """KV heads to keep of a wide block, as many as an ordinary block has, wherever they are. scores (m*KV,) -> (KV,)
+    """Choose the KV heads of a wide block to keep, from their scores (m*KV,). Returns (KV,).
 
-    With norms on queries and keys (Qwen3) all heads of a block share the two norm weights, which cannot be folded into
-    anything; heads of two blocks cannot share them. So the heads of the best member stay together.
+    These are the best, wherever they are. With norms on queries and keys (Qwen3) it is different.
+    All heads of a block share the two norm weights, which cannot be folded into anything, and heads
+    of two members cannot share them. So the heads of the best member stay together.
     """
     n = config.num_key_value_heads
     if config.qk_norm:
@@ -72,29 +72,37 @@ def keep_kv_heads(scores: Tensor, config: Config) -> Tensor:
 
 
 def prune_attention(weights: Weights, kv_heads: Tensor, config: Config) -> Weights:
-    """The block with only these KV heads and their query heads; everything else as it was."""
+    """Cut a block to these KV heads and their query heads. Everything else stays as it is."""
     D = config.head_dim
     queries = query_heads_of(kv_heads, config.num_attention_heads // config.num_key_value_heads)
-    keep = {"q": channels_of(queries, D), "k": channels_of(kv_heads, D), "v": channels_of(kv_heads, D)}
+    keep = {"q": channels_of(queries, D), "k": channels_of(kv_heads, D),
+            "v": channels_of(kv_heads, D)}
     pruned = dict(weights)
     for proj, rows in keep.items():
-        for name in {f"self_attn.{proj}_proj.weight", f"self_attn.{proj}_proj.bias"} & weights.keys():
-            pruned[name] = weights[name][rows]
+        for name in (f"self_attn.{proj}_proj.weight", f"self_attn.{proj}_proj.bias"):
+            if name in weights:
+                pruned[name] = weights[name][rows]
     pruned["self_attn.o_proj.weight"] = weights["self_attn.o_proj.weight"][:, keep["q"]]
     if config.qk_norm:
-        member = kv_heads[:1] // config.num_key_value_heads
+        member = kv_heads[:1] // config.num_key_value_heads  # whose heads these are
         for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
             pruned[name] = weights[name][channels_of(member, D)]
     return pruned
 
 
+# ---- channels
+
 def absolute_ridge(C: Tensor, multiple: float) -> float:
-    """lambda = multiple * mean eigenvalue of C (F, F); the paper's limitations section uses the multiple 10."""
+    """Return lambda = multiple * mean eigenvalue of C (F, F). The paper's multiple is 10."""
     return multiple * float(C.diagonal().double().mean())
 
 
 def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
-    """Lower triangle of C + ridge I in float64. If rounding makes C indefinite, a trace-sized grain of ridge is added."""
+    """Return the Cholesky factor (lower triangle) of C + ridge I, in float64.
+
+    Rounding can leave C with a negative eigenvalue. Then a little more ridge is added, at most a
+    millionth of C's mean eigenvalue.
+    """
     grain = 1e-12 * float(C.diagonal().double().mean())
     for extra in (0.0, grain, 1e3 * grain, 1e6 * grain):
         A = C.to(torch.float64, copy=True)
@@ -102,217 +110,168 @@ def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(A)
         if int(info) == 0:
             return factor
-    raise ValueError("a matrix of calibration statistics is not positive definite to working precision; give more text "
-                     "(--samples, --length) or a larger --ridge")
+    raise ValueError("a matrix of calibration statistics is not positive definite to working "
+                     "precision; give more text (--samples, --length) or a larger --ridge")
 
 
 def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
-    """s_i = [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii, in [0, 1), for C (F, F) -> (F,) in float64.
+    """Return the ridge leverage of each channel, (F,) in float64, from C (F, F). All in [0, 1).
 
-    Paper section 3.3; printed there with the inverse outside the diagonal, which would keep the weakest channels. All
-    zero where C is zero. The sum of s is the effective number of dimensions of psi.
+        s_i = [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii
+
+    Paper section 3.3. As printed there, the inverse stands outside the diagonal; that would keep
+    the weakest channels. The sum of s is the effective number of dimensions of psi. A channel that
+    never fires has s = 0, and rounding must not lift it above that.
     """
-    alive = C.diagonal().double().sign()  # rounding must not lift a channel that never fires above zero
+    alive = C.diagonal().double().sign()  # 1, or 0 for a channel that never fires
     if ridge == 0:
         return alive
     return alive * (1 - ridge * inverse_diagonal(regularized_cholesky(C, ridge)))
 
 
 def inverse_diagonal(factor: Tensor, columns: int = 512) -> Tensor:
-    """Diagonal of A^-1 for A = factor factor^T, factor (F, F) lower triangular: the column norms of factor^-1, squared.
+    """Return the diagonal of A^-1, for the lower triangle `factor` (F, F) of A = factor factor^T.
 
-    A few columns at a time, and of these only the rows from the diagonal on, which are all that is not zero.
+    Its elements are the squared norms of the columns of factor^-1. A few columns are solved for at
+    a time, from the diagonal down: what is above is zero.
     """
     diagonal = []
     for j in range(0, len(factor), columns):
         lower = factor[j:, j:]
-        unit = torch.eye(len(lower), min(columns, len(lower)), dtype=factor.dtype, device=factor.device)
-        diagonal.append(torch.linalg.solve_triangular(lower, unit, upper=False).square().sum(0))
+        unit = torch.eye(len(lower), min(columns, len(lower)), dtype=factor.dtype,
+                         device=factor.device)
+        inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
+        diagonal.append(inverse.square().sum(0))
     return torch.cat(diagonal)
 
 
 def nystrom_down(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:
-    """W_K + W_R C_RK (C_KK + ridge I)^-1: fold the dropped channels into the kept. W (d, F), C (F, F), keep (K,) -> (d, K)
+    """Fold the channels that are dropped into those that are kept. Returns (d, K) in float64.
 
-    The minimiser W' of E|W' psi_K - W psi|^2 + ridge |W' - W_K|^2 (paper Lemma 3.1): a large ridge keeps W_K as it is,
-    and keeping every channel changes nothing. In float64.
+        W_K + W_R C_RK (C_KK + ridge I)^-1        for W (d, F), C (F, F), keep (K,)
+
+    This W' minimises E|W' psi_K - W psi|^2 + ridge |W' - W_K|^2 (paper Lemma 3.1). So a large ridge
+    leaves W_K as it is, and keeping every channel changes nothing.
     """
     mask = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
     mask[keep] = False
     drop = mask.nonzero().flatten()
+    W_K = W[:, keep].double()                                               # (d, K)
     if len(drop) == 0 or not C.diagonal().any():
-        return W[:, keep].double()
-    to_fold = C[keep][:, drop].double() @ W[:, drop].double().T                        # (K, d)
-    return W[:, keep].double() + torch.cholesky_solve(to_fold, regularized_cholesky(C[keep][:, keep], ridge)).T
+        return W_K
+    to_fold = C[keep][:, drop].double() @ W[:, drop].double().T             # (K, d)
+    factor = regularized_cholesky(C[keep][:, keep], ridge)                  # (K, K)
+    return W_K + torch.cholesky_solve(to_fold, factor).T
 
 
 def prune_mlp(weights: Weights, keep: Tensor, down: Tensor) -> Weights:
-    """The block with only these channels, and `down` (C, K) for its down_proj."""
-    pruned = {name: weights[name][keep] for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
-    return weights | pruned | {"mlp.down_proj.weight": down.to(weights["mlp.down_proj.weight"].dtype)}
+    """Cut a block to these channels, with `down` (C, K) for its down_proj."""
+    down = down.to(weights["mlp.down_proj.weight"].dtype)
+    gate_and_up = {name: weights[name][keep]
+                   for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
+    return weights | gate_and_up | {"mlp.down_proj.weight": down}
 
 
-def score_heads(wide: Weights, xs: Tensor, runner: Runner, where: str = "the block") -> Tensor:
-    """Score of each KV head of a block, on the streams xs (N, T, C) that enter it. ValueError if one is not finite."""
-    o_proj, config = wide["self_attn.o_proj.weight"], runner.config
-    query_size = config.num_attention_heads // config.num_key_value_heads * config.head_dim  # channels of a KV head
-    sizes = runner.head_sums(runner.block(wide), xs).cpu() / (xs.shape[0] * xs.shape[1])
-    check_finite({"the head statistics": sizes}, where)
-    return head_importance(sizes, o_proj, o_proj.shape[1] // query_size)
+# ---- both, on the streams of the calibration text
+
+def head_sizes(block: Block, xs: Tensor, runner: Runner) -> Tensor:
+    """Return E|o_c| for each channel c that heads hand to o_proj, (H*D,).
+
+    xs (N, T, C) is the stream that enters the block.
+    """
+    def sizes(x: Tensor) -> list[Tensor]:
+        return [block.self_attn.heads(block.input_layernorm(x), runner.rope).abs()]
+    return runner.sums([xs], sizes)[0] / (xs.shape[0] * xs.shape[1])
+
+
+def channel_covariance(block: Block, xs: Tensor, runner: Runner) -> Tensor:
+    """Return C = E[psi psi^T], (F, F).
+
+    xs (N, T, C) is the stream that has passed the block's attention.
+    """
+    def products(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        psi = block.mlp.channels(block.post_attention_layernorm(x))
+        return [(psi, psi)]
+    return symmetric(runner.sums([xs], products)[0]) / (xs.shape[0] * xs.shape[1])
+
+
+def score_heads(block: Weights, xs: Tensor, runner: Runner) -> Tensor:
+    """Score each KV head of a block on the stream xs (N, T, C) that enters it.
+
+    ValueError if a score is not finite.
+    """
+    o_proj, config = block["self_attn.o_proj.weight"], runner.config
+    query_heads = config.num_attention_heads // config.num_key_value_heads  # of one KV head
+    kv_heads = o_proj.shape[1] // (query_heads * config.head_dim)
+    sizes = head_sizes(runner.block(block), xs, runner).cpu()
+    check_finite({"the head statistics": sizes}, "the streams")
+    return head_importance(sizes, o_proj, kv_heads)
+
+
+def prune_heads(block: Weights, xs: Tensor, runner: Runner) -> tuple[Weights, dict]:
+    """Cut the attention of a wide block to ordinary width. Returns the block and what it kept.
+
+    xs (N, T, C) is the stream that enters the block; it stays as it is. A block of ordinary width
+    comes back untouched. ValueError if a statistic is not finite.
+    """
+    config = runner.config
+    ordinary = config.num_key_value_heads * config.head_dim
+    width = len(block["self_attn.k_proj.weight"]) // ordinary
+    if width == 1:
+        return block, {}
+    scores = score_heads(block, xs, runner)
+    heads = keep_kv_heads(scores, config)
+    return prune_attention(block, heads, config), {
+        "kv_heads": by_member(heads, config.num_key_value_heads, width),
+        "head_scores": scores.tolist()}
 
 
 def leverage_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:
-    """The paper's score of channels, (F,): ridge leverage. Any function of C, ridge and down_proj (d, F) can replace it."""
+    """Return the paper's score of channels, (F,): ridge leverage.
+
+    Any function of C, ridge and down_proj (d, F) can stand in its place.
+    """
     return ridge_leverage(C, ridge)
 
 
-def cut_channels(block: Weights, xs: Tensor, runner: Runner, n: int, ridge: float, where: str = "the block",
-                 score=leverage_score) -> tuple[Weights, Weights, dict]:
-    """(the block with its n best channels and the others folded in, the same without folding, what was kept).
+def prune_channels(block: Weights, xs: Tensor, runner: Runner, ridge: float,
+                   compensate: bool = True, score=leverage_score,
+                   keep: int | None = None) -> tuple[Weights, dict]:
+    """Cut the MLP of a wide block to ordinary width. Returns the block and what it kept.
 
-    xs (N, T, C) are the streams that have passed its attention; they stay as they are. ridge is a multiple of C's mean
-    eigenvalue. ValueError if a statistic is not finite.
+    The other channels are folded into those that stay, unless compensate=False. xs (N, T, C) is the
+    stream that has passed the block's attention; it stays as it is. `ridge` is in mean eigenvalues
+    of C. `keep` asks for another number of channels. A block of that width comes back untouched.
+    ValueError if a statistic is not finite.
     """
-    C = runner.mlp_gram(runner.block(block), xs) / (xs.shape[0] * xs.shape[1])
-    check_finite({"the channel statistics": C}, where)
-    lam, down = absolute_ridge(C, ridge), block["mlp.down_proj.weight"].to(C.device)
+    keep = keep or runner.config.intermediate_size
+    down = block["mlp.down_proj.weight"]                                    # (C, F)
+    if down.shape[1] == keep:
+        return block, {}
+    C = channel_covariance(runner.block(block), xs, runner)                 # (F, F)
+    check_finite({"the channel statistics": C}, "the streams")
+    lam, down = absolute_ridge(C, ridge), down.to(C.device)
     scores = score(C, lam, down)
-    channels = best(scores, n)
-    repaired = nystrom_down(down, C, channels, lam).cpu()
-    channels = channels.cpu()
-    selected = prune_mlp(block, channels, block["mlp.down_proj.weight"][:, channels])
-    pruned = prune_mlp(block, channels, repaired)
-    check_finite(pruned, where)
-    return pruned, selected, {"channels": channels, "ridge": lam, "effective_dimension": float(scores.sum())}
+    channels = best(scores, keep)
+    new_down = nystrom_down(down, C, channels, lam) if compensate else down[:, channels]
+    pruned = prune_mlp(block, channels.cpu(), new_down.cpu())
+    check_finite(pruned, "the pruned block")
+    members = -(-down.shape[1] // keep)  # rounded up
+    return pruned, {"channels": by_member(channels.cpu(), keep, members), "ridge": lam,
+                    "effective_dimension": float(scores.sum())}
 
 
-def prune_block(wide: Weights, xs: Tensor, runner: Runner, ridge: float, compensate: bool = True,
-                where: str = "the wide block") -> tuple[Weights, Weights, dict]:
-    """(pruned block, the same without compensation, what was kept); the stream xs (N, T, C) passes through the first.
-
-    compensate=False makes the first the same as the second. Heads go first: the MLP is measured on what the remaining
-    heads write. ridge is a multiple of C's mean eigenvalue. ValueError, naming `where`, if a
-    statistic is NaN or infinite.
-    """
-    config = runner.config
-    scores = score_heads(wide, xs, runner, where)
-    width = len(scores) // config.num_key_value_heads
-    kv_heads = keep_kv_heads(scores, config)
-    weights = prune_attention(wide, kv_heads, config)
-    runner.attend(weights, xs)
-
-    pruned, selected, kept = cut_channels(weights, xs, runner, config.intermediate_size, ridge, where)
-    pruned = pruned if compensate else selected
-    runner.feed(pruned, xs)
-    kept |= {"kv_heads": by_member(kv_heads, config.num_key_value_heads, width), "head_scores": scores.tolist(),
-             "channels": by_member(kept["channels"], config.intermediate_size, width)}
-    return pruned, selected, kept
+def by_member(indices: Tensor, size: int, width: int) -> list[list[int]]:
+    """Split the indices of a wide block into those of its `width` members of this size."""
+    return [(indices[indices // size == member] - member * size).tolist()
+            for member in range(width)]
 
 
-def by_member(kept: Tensor, size: int, width: int) -> list[list[int]]:
-    """Kept indices of a wide block, as indices within each of its `width` members of this size."""
-    return [(kept[kept // size == member] - member * size).tolist() for member in range(width)]
-
-
-def relative_error(output: Tensor, target: Tensor, start: Tensor) -> float:
-    """Mean over tokens of |output - target| / |target - start|: the error relative to what should have been added.
-
-    All three are streams (N, T, C): after the block under test, after the blocks it stands for, before both. Tokens to
-    which those add nothing do not count.
-    """
-    error, change = ((a.double() - b.double()).norm(dim=-1) for a, b in ((output, target), (target, start)))
-    return float((error / change)[change > 0].mean().nan_to_num())
-
-
-def through(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
-    """The streams xs (N, T, C) after these blocks, one after the other."""
-    ys = xs.clone()
-    for weights in blocks:
-        runner.run_block(weights, ys)
-    return ys
-
-
-def probe(xs: Tensor) -> Tensor:
-    """A copy of the first sixteenth of the windows, on which errors are reported: cheap, and enough to see."""
-    return xs[:max(1, len(xs) // 16)].clone()
-
-
-def prune_and_report(wide: Weights, xs: Tensor, runner: Runner, ridge: float, start: Tensor, target: Tensor, where: str,
-                     ) -> tuple[Weights, dict]:
-    """prune_block, with the errors for flatten.json: `target` is what `start`, a probe of xs, should have become."""
-    pruned, selected, kept = prune_block(wide, xs, runner, ridge, where=where)
-    return pruned, kept | {"error_selected": relative_error(through([selected], start, runner), target, start),
-                           "error_compensated": relative_error(xs[:len(start)], target, start)}
-
-
-def row(group: dict, config: Config) -> str:
-    """One line about a group: what was joined, what each member kept, and the errors that came of it."""
-    first, last = group["blocks"][0], group["blocks"][-1]
-    text = f"blocks {first}-{last}   similarity {group['similarity']:.3f}"
-    if "kv_heads" in group:
-        n_rep = config.num_attention_heads // config.num_key_value_heads
-        text += f"   heads {'+'.join(str(len(member) * n_rep) for member in group['kv_heads'])}" \
-                f"   channels {'+'.join(str(len(member)) for member in group['channels'])}"
-        text += " (q_norm, k_norm: attention of one member, whole)" if config.qk_norm else ""
-    errors = [f"{name} {group[f'error_{name}']:.1%}" for name in ("flattened", "selected", "compensated", "refit")
-              if f"error_{name}" in group]
-    return f"{text}   error: {', '.join(errors)}"
-
-
-def read_record(source: Checkpoint) -> dict:
-    """The flatten.json of a wide checkpoint; ValueError if it is missing or does not fit the checkpoint."""
-    path = source.path / "flatten.json"
-    try:
-        record = read_json(path)
-        widths = tuple(len(group["blocks"]) for group in record["groups"])
-        fits = widths == source.config.widths and isinstance(record["settings"] | {"command": record["command"]}, dict) \
-            and all(isinstance(group["similarity"], float) for group in record["groups"])
-    except (OSError, KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{path} is missing or not what flatten.py --keep-wide wrote for this checkpoint; flatten again")
-    return record
-
-
-def main() -> None:
-    parser = console.parser("Prune a wide checkpoint back to ordinary width.", __doc__)
-    parser.add_argument("--ckpt", required=True, help="folder written by flatten.py --keep-wide")
-    parser.add_argument("--out", type=Path, help="result (default out/NAME-pruned)")
-    parser.add_argument("--ridge", type=float, help="ridge, in mean eigenvalues of C (default: as recorded, else 10)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    add_arguments(parser)
-    args = parser.parse_args()
-
-    source = Checkpoint(args.ckpt)
-    if not source.is_wide:
-        raise ValueError(f"{args.ckpt} has blocks of ordinary width; prune.py takes what flatten.py --keep-wide writes")
-    record = read_record(source)
-    defaults(args, record["settings"])
-    out = args.out or Path("out") / f"{source.name}-pruned"
-    with Writer(out, source, args.overwrite) as writer:
-        tokens, text = read_tokens(source.path, args)
-        runner = Runner(source, args.length, args.device, compute_dtype(args.dtype, args.device, source.dtype))
-        print(f"{source.path}: {len(source.config.widths)} blocks, calibrated on {args.samples} x {args.length} tokens of "
-              f"{text}; errors are relative to the wide block")
-        check_finite(source.outer(), "outside the blocks")
-        xs = embed(source.outer(), tokens, runner.dtype)
-        for i, group in progress(enumerate(record["groups"]), "prune: blocks", len(record["groups"])):
-            weights = source.block(i)
-            check_finite(weights, f"block {i}")
-            if source.config.widths[i] == 1:
-                runner.run_block(weights, xs)
-            else:
-                start = probe(xs)
-                target = through([weights], start, runner)
-                weights, found = prune_and_report(weights, xs, runner, args.ridge, start, target, f"block {i}")
-                group.pop("error_flattened", None)
-                group |= {"errors_relative_to": "wide block", **found}
-                print(row(group, source.config))
-            writer.add(weights)
-        record |= {"flatten_command": record["command"], **describe_run("prune.py", args, tokens, text, runner)}
-        record = writer.finish([group["blocks"] for group in record["groups"]], record)
-    print(f"wrote {out}: {record['parameters_after']:,} parameters")
+def of_block(by_members: list[list[int]], size: int) -> Tensor:
+    """Join the indices that by_member has split. Returns indices of the wide block."""
+    return torch.tensor([member * size + i for member, indices in enumerate(by_members)
+                         for i in indices])
 
 
 if __name__ == "__main__":
-    run(main)
+    console.fail("prune.py holds functions; python flatten.py --ckpt WIDE prunes a wide checkpoint")

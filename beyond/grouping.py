@@ -1,99 +1,125 @@
-"""Group blocks by the damage that joining them does, measured, instead of by how alike their inputs are.
+"""Group blocks by the damage that joining them does, instead of by how alike their inputs are.
 
-Similar inputs say that members could share one; they do not say whether heads and channels can be spared, nor whether the
-rest of the network minds. So every pair of neighbours, and half of the triples, is merged for trial, alone, and the model
-with that one merge is compared with the dense one. The groups are those of least total damage. flatten.py --group-by damage.
+Similar inputs say that members could share one. They do not say whether heads and channels can be
+spared, nor whether the rest of the network minds. So damage is measured. Every pair of neighbours,
+and half of the triples, is merged for trial, alone. The model with that one merge is compared with
+the dense one. The groups are those of least total damage.
+
+`python -m beyond.refit --group-by damage` uses this.
 """
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from calibrate import Runner, batches, embed
-from checkpoint.reader import Weights
 from console import progress
 from evaluate import readout
+from flatten import merge_groups
+from model import Runner, batches, embed
 
 LARGEST = 3     # blocks in a group
-BUILD = 16      # one window in so many makes the trial merges
+BUILD = 16      # one window in 16 is for making trial merges
+
+Damage = dict[tuple[int, int], float]  # (first, last) block of a group -> divergence
 
 
 @torch.inference_mode()
 def divergence(logits_of: Callable, xs: Tensor, ys: Tensor, device: torch.device) -> float:
-    """Mean over tokens of KL(p || q), in nats: p predicted from the streams xs (N, T, C), q from ys."""
+    """Return the mean over tokens of KL(p || q), in nats.
+
+    p is what the model predicts from the streams xs (N, T, C), q what it predicts from ys.
+    """
     total = 0.0
     for rows in batches(xs):
-        for x, y in zip(xs[rows].flatten(0, 1).split(1024), ys[rows].flatten(0, 1).split(1024), strict=True):
+        # logits are large, hence 1024 tokens at a time
+        pieces = (stream[rows].flatten(0, 1).split(1024) for stream in (xs, ys))
+        for x, y in zip(*pieces, strict=True):
             p, q = (logits_of(states.to(device)).float().log_softmax(-1) for states in (x, y))
             total += float((p.exp() * (p - q)).sum())
     return total / (xs.shape[0] * xs.shape[1])
 
 
 def split(tokens: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """(windows that make trial merges, other windows that judge them), of the calibration windows (N, T).
+    """Choose windows that make trial merges, and other windows that judge them, from tokens (N, T).
 
-    A merge fits the text that it was made from, so other text must judge. A single window has to do for both.
+    A merge fits the text that it was made from, so other text must judge. A single window has to do
+    for both.
     """
     rest = tokens[[i for i in range(len(tokens)) if i % BUILD]] if len(tokens) > 1 else tokens
-    return tokens[::BUILD], rest[::max(1, min(L * len(rest) // len(tokens), len(rest)))]
+    step = max(1, min(L * len(rest) // len(tokens), len(rest)))  # leaves about N/L windows
+    return tokens[::BUILD], rest[::step]
 
 
-def candidates(found: dict[tuple[int, int], float], L: int, size: int, merges: int) -> list[tuple[int, int]]:
-    """Which groups of so many blocks to try, as (first, last) in order: all pairs; of longer ones the promising half.
+def candidates(damage: Damage, L: int, size: int, merges: int) -> list[tuple[int, int]]:
+    """List the groups of `size` blocks that are worth a trial, as (first, last), in order.
 
-    Those are the ones whose two parts of one block less, tried before, did least damage together. All, if pairs cannot
-    make so many merges.
+    Of pairs these are all. Of longer groups it is the promising half: those whose two parts, one
+    block shorter and tried before, did least damage together. All groups are tried if pairs alone
+    cannot make the merges.
     """
     groups = [(i, i + size - 1) for i in range(L - size + 1)]
     if size == 2 or merges > L // 2:
         return groups
-    hopes = {(i, j): found[i, j - 1] + found[i + 1, j] for i, j in groups if {(i, j - 1), (i + 1, j)} <= found.keys()}
-    return sorted(sorted(hopes, key=hopes.get)[:-(-len(groups) // 2)])
+    hopes = {(i, j): damage[i, j - 1] + damage[i + 1, j] for i, j in groups
+             if (i, j - 1) in damage and (i + 1, j) in damage}
+    half = -(-len(groups) // 2)  # rounded up
+    return sorted(sorted(hopes, key=hopes.get)[:half])
 
 
-def damages(source, tokens: Tensor, runner: Runner, make: Callable[[list[Weights], Tensor, Tensor], Weights],
-            merges: int, largest: int = LARGEST) -> dict[tuple[int, int], float]:
-    """{(first, last): divergence of the model in which only these blocks have become one} for `candidates` up to `largest`.
+def damages(source, tokens: Tensor, runner: Runner,
+            halves: Callable[[Tensor], tuple[Callable, Callable]], merges: int,
+            largest: int = LARGEST) -> Damage:
+    """Merge each of the `candidates` alone, and measure how far the model's predictions move.
 
-    make(members, xs, dense) is the merge; both streams are the dense model's. It sees one calibration window in BUILD, the
-    comparison about one in L of the others: together less than three passes of all windows, however deep the model, if
-    there are more windows than blocks.
+    halves(dense) makes the two halves of a merge (see flatten.merge_groups) from the dense stream
+    that enters the group. A merge is made from one calibration window in BUILD and judged by about
+    one in L of the others. Together this takes less than three passes of all windows, however deep
+    the model, if there are more windows than blocks.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     for_build, for_judge = split(tokens, L)
-    judge = [embed(outer, for_judge, runner.dtype)]
+    judge = [embed(outer, for_judge, runner.dtype)]  # dense streams: judge[i] enters block i
     for i in range(L):
         judge.append(judge[-1].clone())
         runner.run_block(source.block(i), judge[-1])
-    logits_of, found = readout(outer, runner), {}
+    logits_of, damage = readout(outer, runner), {}
     for size in range(2, largest + 1):
-        build, at, trials = embed(outer, for_build, runner.dtype), 0, candidates(found, L, size, merges)
+        build, at = embed(outer, for_build, runner.dtype), 0  # the dense stream that enters block 0
+        trials = candidates(damage, L, size, merges)
         for i, j in progress(trials, f"try merges of {size}", len(trials)):
             for k in range(at, i):
                 runner.run_block(source.block(k), build)
-            at = i
-            weights = make([source.block(k) for k in range(i, j + 1)], build.clone(), build.clone())
+            at = i                                            # now it enters block i
+            trial = merge_groups(source, [list(range(i, j + 1))], build.clone(), runner,
+                                 *halves(build.clone()))
+            merged, _ = next(trial)
             ys = judge[i].clone()
-            for block in [weights, *(source.block(k) for k in range(j + 1, L))]:
+            for block in [merged, *(source.block(k) for k in range(j + 1, L))]:
                 runner.run_block(block, ys)
-            found[i, j] = divergence(logits_of, judge[L], ys, runner.device)
-    return found
+            damage[i, j] = divergence(logits_of, judge[L], ys, runner.device)
+    return damage
 
 
-def least_damage(damage: dict[tuple[int, int], float], L: int, merges: int) -> list[list[int]]:
-    """The groups of L neighbouring blocks with so many merges and the least sum of damage, by dynamic programming.
+def least_damage(damage: Damage, L: int, merges: int) -> list[list[int]]:
+    """Choose the groups of L blocks that make `merges` merges with the least sum of damage.
 
-    A block alone does none. ValueError if the groups in `damage` do not allow so many merges.
+    Dynamic programming: the best groups of the first `stop` blocks are the best groups of the first
+    `start` blocks, and one more group. A block alone does no damage. ValueError if the groups in
+    `damage` do not allow that many merges.
     """
     best = {(0, 0): (0.0, [])}  # (blocks used, merges made) -> (damage, groups)
     for stop in range(1, L + 1):
         for start in range(stop):
             cost = 0.0 if stop - start == 1 else damage.get((start, stop - 1))
-            for done in range(merges + 1) if cost is not None else ():
-                if (start, done) in best and (now := done + stop - start - 1) <= merges:
-                    option = (best[start, done][0] + cost, [*best[start, done][1], list(range(start, stop))])
-                    best[stop, now] = min(best.get((stop, now), option), option)
+            if cost is None:  # not tried
+                continue
+            for before in range(merges + 1):
+                after = before + stop - start - 1
+                if (start, before) in best and after <= merges:
+                    total, groups = best[start, before]
+                    option = (total + cost, [*groups, list(range(start, stop))])
+                    best[stop, after] = min(best.get((stop, after), option), option)
     if (L, merges) not in best:
-        raise ValueError(f"{L} blocks cannot be joined {merges} times in groups of the sizes that were tried; lower "
-                         "--ratio, or use --group-by similarity")
+        raise ValueError(f"{L} blocks cannot be joined {merges} times in groups of the sizes that "
+                         "were tried; lower --ratio, or use --group-by similarity")
     return best[L, merges][1]

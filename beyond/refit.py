@@ -1,28 +1,37 @@
-"""Flatten to the dense model: repair what flattening loses as well as what pruning loses, in closed form, without training.
+"""Flatten to the dense model: repair what flattening and pruning lose, without training.
 
-The paper approximates twice. The members of a group read one shared stream u instead of their own inputs x_l; and half of
-the heads and channels go. Its compensation repairs the second only, towards the wide block's own output. Here the dense
-model's streams travel beside the compressed ones, and a merged block is fitted to them, attention first, then the MLP:
+The paper approximates twice. The members of a group read one shared stream u instead of their own
+inputs x_l, and half of the heads and channels go. Its compensation repairs the second loss only,
+towards the wide block's own output. Here the dense model's stream travels beside the compressed
+one, and a merged block is fitted to it, attention first, then the MLP:
 
-1. align       each member's projections read N(u) through the linear map that best makes N(x_l) of it      alignment
-2. eliminate   o_proj (down_proj) is fitted to what the dense model's attention (the whole group) adds, and
-               to what the stream lacks already; heads (channels) go, each time the one that the others
-               can best stand in for when they are fitted again; of channels, those that write least
-               have gone before that, down to half again as many as stay                                    fit, eliminate
-3. values      those that stay get new values: with its pattern fixed a head is linear in v_proj, with its
-               gate fixed a channel is linear in up_proj                                                    new_values
-4.             and o_proj (down_proj) is fitted to them once more                                           fit
+1. align       Each member's projections read N(u) through a linear map, the one that best makes
+               the member's own N(x_l) of it. N is the norm without its weight, which is absorbed.
+2. eliminate   o_proj is fitted to what the dense model's attention adds and to what the stream
+               lacks already (down_proj: to what the whole group adds). Then heads (channels) go,
+               each time the one that the others can best stand in for when they are fitted again.
+               Of the channels, those that write least go before that, until half again as many
+               are left as will stay.
+3. values      What stays gets new values. With its pattern fixed a head is linear in v_proj; with
+               its gate fixed a channel is linear in up_proj.
+4. again       o_proj (down_proj) is fitted once more, to the new values and on all of the text.
 
-N is the norm without its weight, which has been absorbed. All problems are least squares (beyond/regression.py), solved
-exactly but for 3, which takes a few conjugate gradients. Elimination is greedy. No parameter is added. flatten.py --refit
-runs this.
+All problems are least squares (beyond/regression.py). They are solved exactly, except for step 3,
+which takes a few conjugate gradients. Elimination is greedy. No parameter is added.
+
+    python -m beyond.refit --ckpt PATH --ratio 0.2      groups by similarity, as in the paper
+    python -m beyond.refit --ckpt PATH --ratio 0.2 --group-by damage
+                                                        groups by what merging them does
 """
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import console
+from beyond.grouping import LARGEST, damages, least_damage
 from beyond.regression import (
     RIDGE,
     alignment,
@@ -30,14 +39,42 @@ from beyond.regression import (
     eliminate,
     eliminate_units,
     fit,
-    mean_products,
     mean_squares,
+    means,
     ridged,
 )
-from calibrate import Runner, batches, check_finite, sum_dtype
-from checkpoint.reader import Weights
-from flatten import READS, flatten_blocks, fold_norms
-from model import MLP, Attention, Block, RMSNorm, move
+from calibrate import measure, read_tokens
+from checkpoint.reader import Checkpoint, Weights
+from checkpoint.writer import Writer
+from console.options import describe_run
+from console.report import explain
+from evaluate import probe, relative_error
+from flatten import (
+    READS,
+    add_options,
+    conclude,
+    flatten_blocks,
+    fold_norms,
+    keep_wide,
+    merge_groups,
+    new_reports,
+    plan,
+    select_groups,
+    start_runner,
+    tell,
+)
+from model import (
+    MLP,
+    Attention,
+    Block,
+    RMSNorm,
+    Runner,
+    batches,
+    check_finite,
+    embed,
+    move,
+    sum_dtype,
+)
 from prune import (
     best,
     by_member,
@@ -50,210 +87,40 @@ from prune import (
 
 PARTS = ("align", "eliminate", "values", "dense")
 QUICK = ("align", "dense")  # enough to find out which blocks to merge
-FEW = 32         # windows of calibration text are enough to choose by; only the last fit of a projection sees all
+FIT = "the fit"  # where a number that is not finite came up
+FEW = 32         # windows are enough to choose by; only the last fit of a projection sees all
 ENOUGH = 2**14   # tokens of these are enough for the shortlist and for new values
-SHORTLIST = 1.5  # times as many channels as stay are compared in full; those that write less go at once
+SHORTLIST = 1.5  # times the channels that stay are compared in full; the rest goes at once
 VALUE_STEPS = 2  # conjugate gradients for new values
-V_PROJ, O_PROJ, UP_PROJ, DOWN_PROJ = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight",
-                                      "mlp.down_proj.weight")
+V_PROJ, O_PROJ = "self_attn.v_proj.weight", "self_attn.o_proj.weight"
+UP_PROJ, DOWN_PROJ = "mlp.up_proj.weight", "mlp.down_proj.weight"
 
 
 def few(xs: Tensor, tokens: int | None = None) -> Tensor:
-    """A copy of FEW of the windows of xs (N, T, ...), evenly spread, or of all if there are not more; at most `tokens`."""
+    """Copy FEW of the windows of xs (N, T, ...), evenly spread, or all if there are fewer.
+
+    The copy holds at most `tokens` tokens, but always one window.
+    """
     n = min(FEW, len(xs), max(1, tokens // xs.shape[1]) if tokens else FEW)
     return xs[[i * len(xs) // n for i in range(n)]]
 
 
-def read_through(block: Weights, names: tuple[str, ...], M: Tensor) -> Weights:
-    """The block with the named projections (out, C) reading n M where they read n; biases come later and stay."""
-    return block | {name: (block[name].to(M.device).double() @ M.T).to(block[name]) for name in names}
-
-
-def align(members: list[Weights], norm_name: str, xs: Tensor, own: list[Tensor], norm: RMSNorm, runner: Runner,
-          ridge: float) -> list[Weights]:
-    """The members with what reads this norm aligned: from the stream xs that they share to the few windows each had."""
-    G, *cross = mean_products(runner, [few(xs), *own], lambda u, *x: [(n := norm(u), n), *((n, norm(each)) for each in x)])
-    factor, pull = ridged(G, ridge)
-    return [read_through(member, READS[norm_name], alignment(product, factor, pull))
-            for member, product in zip(members, cross, strict=True)]
-
-
-def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool) -> Tensor:
-    """KV heads that stay. `together`: they must be one member's (Qwen3's norms on queries and keys)."""
-    if not together:
-        return eliminate_units(V, P, size, keep)
-    member = int(eliminate_units(V, P, size * keep, 1))
-    return torch.arange(member * keep, (member + 1) * keep)
-
-
-def mix_heads(attention: Attention, n: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Callable, Callable, Callable]:
-    """(mix, unmix, overlaps): mix makes of values (B, T, KV*D) what attention adds (B, T, C), with the patterns n causes.
-
-    mix is linear, unmix its adjoint: <mix(v), r> = <v, unmix(r)>. overlaps() are the products of the patterns of the k heads
-    that share values, summed over each window, (B, KV*k*k). Holds H T^2 numbers a window, and for a moment twice as many.
-    """
-    q, k, _ = attention.project(n, rope)
-    (B, KV, T, D), o_proj = k.shape, attention.o_proj.weight
-    scores = q.view(B, KV, -1, T, D) @ k[:, :, None].transpose(-1, -2) / D ** 0.5        # (B, KV, H/KV, T, T)
-    later = torch.ones(T, T, dtype=torch.bool, device=n.device).triu(1)
-    pattern = scores.masked_fill_(later, -torch.inf).softmax(-1)
-
-    def mix(v: Tensor) -> Tensor:
-        heads = pattern @ v.view(B, T, KV, 1, D).permute(0, 2, 3, 1, 4)                  # (B, KV, H/KV, T, D)
-        return heads.permute(0, 3, 1, 2, 4).flatten(2) @ o_proj.T
-
-    def unmix(r: Tensor) -> Tensor:
-        heads = (r @ o_proj).view(B, T, KV, -1, D).permute(0, 2, 3, 1, 4)
-        return (pattern.transpose(-1, -2) @ heads).sum(2).transpose(1, 2).flatten(2)
-
-    def overlaps() -> Tensor:
-        flat = pattern.flatten(-2)                                                       # (B, KV, H/KV, T T)
-        return (flat @ flat.transpose(-1, -2)).flatten(1)
-    return mix, unmix, overlaps
-
-
-def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Callable]:
-    """(mix, unmix, overlaps) as mix_heads: from up_proj's outputs (B, T, F) to what the MLP adds, with the gates n causes.
-
-    A channel shares its value with no other; overlaps() are the squares of the gates, summed over each window, (B, F).
-    """
-    gate, down_proj = F.silu(mlp.gate_proj(n)), mlp.down_proj.weight
-    return lambda v: (gate * v) @ down_proj.T, lambda r: gate * (r @ down_proj), lambda: gate.square().sum(1)
-
-
-def own_curvature(writes: Tensor, overlaps: Tensor, ridge: float) -> Tensor:
-    """Cholesky factors (U, d, d), with a ridge, of what errors in a unit's d values cost if independent at all positions.
-
-    A unit is a KV head, whose values k query heads hand on, or a channel (k = d = 1). writes (C, U*k*d) is o_proj or
-    down_proj, overlaps (U, k, k) what the mixer returns, per token. A ridge below 1e-4 would be lost in their digits.
-    """
-    rows = writes.double().T.view(*overlaps.shape[:2], -1, len(writes))                    # (U, k, d, C)
-    curvature = torch.einsum("ukl,ukdc,ulec->ude", overlaps, rows, rows)
-    mean = float(curvature.diagonal(dim1=1, dim2=2).mean())
-    curvature.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-4) * mean or 1.0)
-    return torch.linalg.cholesky(curvature)
-
-
-def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, target: Tensor, norm: RMSNorm, mixer: Callable,
-               runner: Runner, ridge: float, steps: int = VALUE_STEPS) -> Tensor:
-    """A weight (out, C) for proj (v_proj or up_proj) with a lower E|mix(proj(n)) - t|^2, (mix, unmix, overlaps) = mixer(n).
-
-    n = norm(x); x and t are the streams xs and target (N, T, C). `writes` (o_proj, down_proj) is what mix ends with. Steps
-    are taken in n whitened by E[n^T n] and in values whitened by own_curvature. All compute in float32 at least:
-    differences of patterns do not survive less.
-    """
-    dtype = sum_dtype(runner.dtype)
-
-    def start(u: Tensor, t: Tensor) -> list:
-        mix, unmix, overlaps = mixer(n := norm(u.to(dtype)))
-        return [(unmix(t - mix(proj(n))), n), (n, n), (torch.ones_like(n[:, 0, :1]), overlaps())]
-
-    def curvature(D: Tensor) -> Tensor:
-        def products(u: Tensor) -> list:
-            mix, unmix, _ = mixer(n := norm(u.to(dtype)))
-            return [(unmix(mix(n @ D.T.to(dtype))), n)]
-        return mean_products(runner, [xs], products)[0]
-    slope, G, overlaps = mean_products(runner, [xs, target], start)
-    heads = writes.in_features // proj.out_features                                        # that share a value
-    value_factors = own_curvature(writes.weight.detach(), overlaps[0].view(-1, heads, heads), ridge)
-    input_factor, _ = ridged(G, ridge)
-
-    def precondition(D: Tensor) -> Tensor:
-        D = torch.cholesky_solve(D.view(*value_factors.shape[:2], -1), value_factors).flatten(0, 1)
-        return torch.cholesky_solve(D.T, input_factor).T
-    return proj.weight.detach().double() + conjugate_gradients(slope, curvature, precondition, steps)
-
-
 def stored(V: Tensor, like: Tensor) -> Tensor:
-    """V (n, C) as a weight of a linear layer, (C, n) in the dtype of `like`."""
+    """Turn V (n, C) into the weight of a linear layer, (C, n), with the dtype of `like`."""
     return V.T.to(like.device, like.dtype).contiguous()
 
 
 def precise(weights: Weights, runner: Runner) -> Block:
-    """The block on the device, in float32 at least."""
+    """Make a block on the device, in float32 or better."""
     return Block(move(weights, runner.device, sum_dtype(runner.dtype)), runner.config)
-
-
-def refit_attention(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: str, ridge: float,
-                    parts: tuple[str, ...]) -> tuple[Weights, Tensor]:
-    """(the wide block with as many heads as an ordinary one, fitted to what target (N, T, C) adds to xs; its KV heads)."""
-    config = runner.config
-
-    def heads_of(block: Block, u: Tensor) -> Tensor:
-        return block.self_attn.heads(block.input_layernorm(u), runner.rope)
-
-    def products(block: Block, *streams: Tensor) -> list[Tensor]:
-        found = mean_products(runner, streams, lambda u, t: [(z := heads_of(block, u), z), (z, t)])
-        check_finite(dict(zip(("the head statistics", "what heads should add"), found, strict=True)), where)
-        return found
-    W, keep, block = wide[O_PROJ].double().T.to(runner.device), config.num_key_value_heads, runner.block(wide)
-    size = config.num_attention_heads // keep * config.head_dim
-    if "eliminate" in parts:
-        A, B = products(block, few(xs), few(target))
-        factor, pull = ridged(A, ridge)
-        W = fit(W, B, factor, pull)
-        heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, config.qk_norm)
-    else:
-        squares = mean_squares(runner, few(xs), lambda u: heads_of(block, u))
-        check_finite({"the head statistics": squares}, where)
-        heads = keep_kv_heads(head_importance(squares.sqrt(), W.T, len(W) // size).cpu(), config)
-    W = W[channels_of(heads, size).to(W.device)]
-    weights = prune_attention(wide, heads, config) | {O_PROJ: stored(W, wide[O_PROJ])}
-    check_finite(weights, where)
-    if "values" in parts:
-        block = precise(weights, runner)
-        attention = block.self_attn
-        V = new_values(attention.v_proj, attention.o_proj, few(xs, ENOUGH), few(target, ENOUGH), block.input_layernorm,
-                       lambda n: mix_heads(attention, n, runner.rope), runner, ridge)
-        weights[V_PROJ] = stored(V.T, wide[V_PROJ])
-    A, B = products(runner.block(weights), xs, target)
-    weights[O_PROJ] = stored(fit(W, B, *ridged(A, ridge)), wide[O_PROJ])
-    check_finite(weights, where)
-    return weights, heads
-
-
-def refit_mlp(wide: Weights, xs: Tensor, target: Tensor, runner: Runner, where: str, ridge: float,
-              parts: tuple[str, ...]) -> tuple[Weights, Tensor]:
-    """(the block with as many channels as an ordinary one, fitted to what target (N, T, C) adds to xs; its channels)."""
-    def channels_at(block: Block, u: Tensor) -> Tensor:
-        return block.mlp.channels(block.post_attention_layernorm(u))
-
-    def products(block: Block, *streams: Tensor) -> list[Tensor]:
-        found = mean_products(runner, streams, lambda u, t: [(psi := channels_at(block, u), psi), (psi, t)])
-        check_finite(dict(zip(("the channel statistics", "what channels should add"), found, strict=True)), where)
-        return found
-    W, keep, block = wide[DOWN_PROJ].double().T.to(runner.device), runner.config.intermediate_size, runner.block(wide)
-    squares = mean_squares(runner, few(xs, ENOUGH), lambda u: channels_at(block, u))
-    check_finite({"the channel statistics": squares}, where)
-    del block  # large; from here on only some of its channels are run
-    compared = min(int(SHORTLIST * keep), len(W)) if "eliminate" in parts else keep
-    channels = best(squares.sqrt() * W.norm(dim=1), compared)
-    W = W[channels]
-    weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
-    if compared > keep:
-        C, B = products(runner.block(weights), few(xs), few(target))
-        factor, pull = ridged(C, ridge)
-        W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor)
-        del C, factor  # large: of three such matrices only P is needed on
-        stay = eliminate(W, P, keep)
-        W, channels = W[stay], channels[stay]
-        weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
-    check_finite(weights, where)
-    if "values" in parts:
-        block = precise(weights, runner)
-        mlp = block.mlp
-        V = new_values(mlp.up_proj, mlp.down_proj, few(xs, ENOUGH), few(target, ENOUGH), block.post_attention_layernorm,
-                       lambda n: mix_channels(mlp, n), runner, ridge)
-        weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
-    C, B = products(runner.block(weights), xs, target)
-    weights[DOWN_PROJ] = stored(fit(W, B, *ridged(C, ridge)), wide[DOWN_PROJ])
-    check_finite(weights, where)
-    return weights, channels.cpu()
 
 
 @torch.inference_mode()
 def attend_and_add(weights: Weights, xs: Tensor, total: Tensor, runner: Runner) -> None:
-    """xs and total, each plus the block's attention on xs, in place. total keeps the digits that a narrow xs loses."""
+    """Add the block's attention on xs to xs and to `total`, both in place.
+
+    In a narrow dtype xs loses digits of what is added; `total` keeps them.
+    """
     block = runner.block(weights)
     for rows in batches(xs):
         x = xs[rows].to(runner.device)
@@ -262,44 +129,398 @@ def attend_and_add(weights: Weights, xs: Tensor, total: Tensor, runner: Runner) 
         total[rows] += update.to(total.device)
 
 
-def refit_block(members: list[Weights], xs: Tensor, dense: Tensor, runner: Runner, where: str = "the group",
-                ridge: float = RIDGE, parts: tuple[str, ...] = PARTS) -> tuple[Weights, dict]:
-    """(one block of ordinary width in place of the members, what was kept); both streams (N, T, C) pass on, in place.
+# ---- step 1: read the shared stream as if it were one's own
 
-    xs is the stream of the compressed model that enters the group, `dense` that of the dense one. `parts` can leave out
-    steps: without "align" members read the shared stream as it is; without "eliminate" heads and channels go at once, those
-    that write least; without "values" v_proj and up_proj stay; without "dense" the target is what the wide block adds.
-    ValueError, naming `where`, if anything becomes NaN or infinite.
+def read_through(block: Weights, names: tuple[str, ...], M: Tensor) -> Weights:
+    """Let the named projections (out, C) of a block read n M where they read n.
+
+    Biases are added later and stay.
     """
-    config, width = runner.config, len(members)
-    norm = RMSNorm(torch.ones(config.hidden_size, dtype=runner.dtype, device=runner.device), config.rms_norm_eps)
-    inputs, middles = [], []  # a few windows of what each member read in the dense model
-    target = dense.to(sum_dtype(runner.dtype)) - xs  # what xs lacks of the dense stream, and what attention adds to that
-    for member in members:
-        inputs.append(few(dense))
-        attend_and_add(member, dense, target, runner)
-        middles.append(few(dense))
-        runner.feed(member, dense)
-    members = [fold_norms(member) for member in members]
+    return block | {name: (block[name].to(M.device).double() @ M.T).to(block[name])
+                    for name in names}
 
-    if "align" in parts:
-        members = align(members, "input_layernorm.weight", xs, inputs, norm, runner, ridge)
-    del inputs
-    wide = flatten_blocks(members)
-    if "dense" not in parts:
-        target, block = xs.clone(), runner.block(wide)
-        runner.update(target, lambda u: block.attend(u, runner.rope))
-    weights, heads = refit_attention(wide, xs, target, runner, where, ridge, parts)
-    runner.attend(weights, xs)
 
-    if "align" in parts:
-        members = align(members, "post_attention_layernorm.weight", xs, middles, norm, runner, ridge)
-    wide = weights | {name: tensor for name, tensor in flatten_blocks(members).items() if name.startswith("mlp.")}
-    target = dense.to(sum_dtype(runner.dtype)) - xs
-    if "dense" not in parts:
-        target, block = xs.clone(), runner.block(wide)
-        runner.update(target, block.feed)
-    weights, channels = refit_mlp(wide, xs, target, runner, where, ridge, parts)
-    runner.feed(weights, xs)
-    return weights, {"kv_heads": by_member(heads, config.num_key_value_heads, width),
-                     "channels": by_member(channels, config.intermediate_size, width)}
+# ---- step 2: what stays
+
+def head_features(weights: Weights, runner: Runner) -> Callable[[Tensor], Tensor]:
+    """Return the function from a stream (B, T, C) to what heads hand to o_proj, (B, T, H*D)."""
+    block = runner.block(weights)
+    return lambda x: block.self_attn.heads(block.input_layernorm(x), runner.rope)
+
+
+def channel_features(weights: Weights, runner: Runner) -> Callable[[Tensor], Tensor]:
+    """Return the function from a stream (B, T, C) to what channels hand on, psi (B, T, F)."""
+    block = runner.block(weights)
+    return lambda x: block.mlp.channels(block.post_attention_layernorm(x))
+
+
+def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool) -> Tensor:
+    """Choose the `keep` KV heads that stay, each with `size` rows of V. See eliminate_units.
+
+    `together`: they must be those of one member, as Qwen3's norms on queries and keys ask for.
+    """
+    if not together:
+        return eliminate_units(V, P, size, keep)
+    member = int(eliminate_units(V, P, size * keep, 1))
+    return torch.arange(member * keep, (member + 1) * keep)
+
+
+# ---- step 3: new values
+
+def mix_heads(attention: Attention, n: Tensor,
+              rope: tuple[Tensor, Tensor]) -> tuple[Callable, Callable, Callable]:
+    """Make three functions of attention whose patterns are fixed to what n (B, T, C) causes.
+
+        mix(v)        what attention adds, (B, T, C), if its values are v (B, T, KV*D)
+        unmix(r)      the adjoint of mix, which is linear: <mix(v), r> = <v, unmix(r)>
+        overlaps()    products of the patterns of the k heads that share values, (B, KV*k*k),
+                      summed over each window
+
+    They hold H T^2 numbers for each window, and twice as many for a moment.
+    """
+    q, k, _ = attention.project(n, rope)
+    (B, KV, T, D), o_proj = k.shape, attention.o_proj.weight
+    q, k = q.view(B, KV, -1, T, D), k[:, :, None]                       # (B, KV, H/KV or 1, T, D)
+    scores = q @ k.transpose(-1, -2) / D ** 0.5                         # (B, KV, H/KV, T, T)
+    later = torch.ones(T, T, dtype=torch.bool, device=n.device).triu(1)
+    pattern = scores.masked_fill_(later, -torch.inf).softmax(-1)
+
+    def mix(v: Tensor) -> Tensor:
+        v = v.view(B, T, KV, 1, D).permute(0, 2, 3, 1, 4)               # (B, KV, 1, T, D)
+        heads = pattern @ v                                             # (B, KV, H/KV, T, D)
+        return heads.permute(0, 3, 1, 2, 4).flatten(2) @ o_proj.T       # (B, T, C)
+
+    def unmix(r: Tensor) -> Tensor:
+        heads = (r @ o_proj).view(B, T, KV, -1, D).permute(0, 2, 3, 1, 4)
+        v = (pattern.transpose(-1, -2) @ heads).sum(2)                  # (B, KV, T, D)
+        return v.transpose(1, 2).flatten(2)                             # (B, T, KV*D)
+
+    def overlaps() -> Tensor:
+        flat = pattern.flatten(-2)                                      # (B, KV, H/KV, T*T)
+        return (flat @ flat.transpose(-1, -2)).flatten(1)
+    return mix, unmix, overlaps
+
+
+def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Callable]:
+    """Make the functions of mix_heads for an MLP whose gates are fixed to what n (B, T, C) causes.
+
+    Its values v (B, T, F) are up_proj's outputs. A channel shares its value with no other, so
+    overlaps() are the squares of the gates, summed over each window, (B, F).
+    """
+    gate, down_proj = F.silu(mlp.gate_proj(n)), mlp.down_proj.weight
+
+    def mix(v: Tensor) -> Tensor:
+        return (gate * v) @ down_proj.T
+
+    def unmix(r: Tensor) -> Tensor:
+        return gate * (r @ down_proj)
+
+    def overlaps() -> Tensor:
+        return gate.square().sum(1)
+    return mix, unmix, overlaps
+
+
+def own_curvature(writes: Tensor, overlaps: Tensor, ridge: float) -> Tensor:
+    """Cholesky factors of each unit's loss curvature, treating token positions as independent.
+
+    A unit is a KV head, whose d values k query heads hand on, or a channel (k = d = 1). `writes` is
+    the weight of o_proj or down_proj, (C, U*k*d) for U units. overlaps (U, k, k) is what the mixer
+    returns, per token. Returns (U, d, d). The ridge is at least 1e-4: less would be lost in the
+    digits of the overlaps.
+    """
+    rows = writes.double().T.view(*overlaps.shape[:2], -1, len(writes))     # (U, k, d, C)
+    curvature = torch.einsum("ukl,ukdc,ulec->ude", overlaps, rows, rows)
+    mean = float(curvature.diagonal(dim1=1, dim2=2).mean())
+    curvature.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-4) * mean or 1.0)
+    return torch.linalg.cholesky(curvature)
+
+
+def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, target: Tensor,
+               norm: RMSNorm, mixer: Callable, runner: Runner, ridge: float,
+               steps: int = VALUE_STEPS) -> Tensor:
+    """Return a weight (out, C) for `proj` (v_proj or up_proj) that lowers E|mix(proj(n)) - t|^2.
+
+    n = norm(x), and x and t are the streams xs and target (N, T, C). mixer(n) makes mix, which ends
+    with `writes` (o_proj or down_proj). The steps are conjugate gradients. They are preconditioned
+    on the side of n by E[n^T n], and on the side of the values by own_curvature. Everything is in
+    float32 or better: differences of patterns do not survive less.
+    """
+    dtype = sum_dtype(runner.dtype)
+
+    def start(u: Tensor, t: Tensor) -> list:
+        mix, unmix, overlaps = mixer(n := norm(u.to(dtype)))
+        ones = torch.ones_like(n[:, 0, :1])  # ones^T overlaps: the sum over windows
+        return [(unmix(t - mix(proj(n))), n), (n, n), (ones, overlaps())]
+
+    def curvature(D: Tensor) -> Tensor:
+        def products(u: Tensor) -> list:
+            mix, unmix, _ = mixer(n := norm(u.to(dtype)))
+            return [(unmix(mix(n @ D.T.to(dtype))), n)]
+        return means(runner, [xs], products)[0]
+    slope, G, overlaps = means(runner, [xs, target], start)
+    heads = writes.in_features // proj.out_features  # that share a value
+    overlaps = overlaps[0].view(-1, heads, heads)
+    value_factors = own_curvature(writes.weight.detach(), overlaps, ridge)
+    input_factor, _ = ridged(G, ridge)
+
+    def precondition(D: Tensor) -> Tensor:
+        D = D.view(*value_factors.shape[:2], -1)                            # (U, d, C)
+        D = torch.cholesky_solve(D, value_factors).flatten(0, 1)            # (out, C)
+        return torch.cholesky_solve(D.T, input_factor).T
+    change = conjugate_gradients(slope, curvature, precondition, steps)
+    return proj.weight.detach().double() + change
+
+
+# ---- all steps: the fit of a group
+
+class Fit:
+    """The fit, as the two halves of a merge that flatten.merge_groups takes.
+
+    `dense` (N, T, C) is the dense model's stream; it passes through the members of every group.
+    `parts` can leave out steps. Without "align" members read the shared stream as it is. Without
+    "eliminate" the heads and channels that write least go at once. Without "values" v_proj and
+    up_proj stay. Without "dense" the target is what the wide block adds.
+    """
+
+    def __init__(self, dense: Tensor, runner: Runner, ridge: float = RIDGE,
+                 parts: tuple[str, ...] = PARTS):
+        self.dense, self.runner, self.ridge, self.parts = dense, runner, ridge, parts
+        one = torch.ones(runner.config.hidden_size, dtype=runner.dtype, device=runner.device)
+        self.norm = RMSNorm(one, runner.config.rms_norm_eps)
+        self.members = []  # blocks of the group at hand
+        self.middles = []  # of each, a few windows of what its MLP reads in the dense model
+
+    def attention(self, members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
+        """Make one block with fitted attention of ordinary width, and with the members' MLPs.
+
+        Returns it and the heads that it kept. xs (N, T, C) is the stream of the compressed model
+        that enters the group.
+        """
+        runner, inputs = self.runner, []
+        self.members, self.middles = members, []
+        if len(members) == 1:
+            runner.run_block(members[0], self.dense)
+            return members[0], {}
+        # The target is what xs lacks already, and then also what the members' attentions add.
+        target = self.dense.to(sum_dtype(runner.dtype)) - xs
+        for member in members:
+            inputs.append(few(self.dense))
+            attend_and_add(member, self.dense, target, runner)
+            self.middles.append(few(self.dense))
+            runner.feed(member, self.dense)
+        self.members = [fold_norms(member) for member in members]
+        self.members = self.aligned("input_layernorm.weight", xs, inputs)
+        wide = flatten_blocks(self.members)
+        if "dense" not in self.parts:
+            target, block = xs.clone(), runner.block(wide)
+            runner.update(target, lambda x: block.attend(x, runner.rope))
+        weights, heads = self.fit_heads(wide, xs, target)
+        of_members = by_member(heads, runner.config.num_key_value_heads, len(members))
+        return weights, {"kv_heads": of_members}
+
+    def mlp(self, block: Weights, xs: Tensor) -> tuple[Weights, dict]:
+        """Fit the block's MLP at ordinary width. Returns the block and the channels that it kept.
+
+        xs (N, T, C) is the stream that has passed the block's attention.
+        """
+        runner, members = self.runner, self.members
+        if len(members) == 1:
+            return block, {}
+        members = self.aligned("post_attention_layernorm.weight", xs, self.middles)
+        wide = block | {name: tensor for name, tensor in flatten_blocks(members).items()
+                        if name.startswith("mlp.")}
+        target = self.dense.to(sum_dtype(runner.dtype)) - xs
+        if "dense" not in self.parts:
+            target = xs.clone()
+            runner.update(target, runner.block(wide).feed)
+        weights, channels = self.fit_channels(wide, xs, target)
+        of_members = by_member(channels, runner.config.intermediate_size, len(members))
+        return weights, {"channels": of_members}
+
+    def aligned(self, norm_name: str, xs: Tensor, own: list[Tensor]) -> list[Weights]:
+        """Align what reads this norm in the members (step 1). Returns the members.
+
+        xs (N, T, C) is the stream that they share; own[l] holds the few windows that member l had.
+        """
+        if "align" not in self.parts:
+            return self.members
+
+        def terms(u: Tensor, *own: Tensor) -> list:
+            n = self.norm(u)
+            return [(n, n), *((n, self.norm(x)) for x in own)]
+        G, *cross = means(self.runner, [few(xs), *own], terms)
+        factor, pull = ridged(G, self.ridge)
+        return [read_through(member, READS[norm_name], alignment(product, factor, pull))
+                for member, product in zip(self.members, cross, strict=True)]
+
+    def fit_heads(self, wide: Weights, xs: Tensor, target: Tensor) -> tuple[Weights, Tensor]:
+        """Fit attention of ordinary width to the target (N, T, C), what it should add to xs.
+
+        Steps 2 to 4, of the wide block. Returns the block and its KV heads.
+        """
+        runner = self.runner
+        heads, W = self.heads_that_stay(wide, xs, target)
+        weights = prune_attention(wide, heads, runner.config) | {O_PROJ: stored(W, wide[O_PROJ])}
+        check_finite(weights, FIT)
+        if "values" in self.parts:
+            block = precise(weights, runner)
+            attention = block.self_attn
+            V = new_values(attention.v_proj, attention.o_proj, few(xs, ENOUGH),
+                           few(target, ENOUGH), block.input_layernorm,
+                           lambda n: mix_heads(attention, n, runner.rope), runner, self.ridge)
+            weights[V_PROJ] = stored(V.T, wide[V_PROJ])
+        A, B = self.products(head_features(weights, runner), xs, target, "head")
+        weights[O_PROJ] = stored(fit(W, B, *ridged(A, self.ridge)), wide[O_PROJ])
+        check_finite(weights, FIT)
+        return weights, heads
+
+    def fit_channels(self, wide: Weights, xs: Tensor, target: Tensor) -> tuple[Weights, Tensor]:
+        """Fit an MLP of ordinary width to the target (N, T, C), what it should add to xs.
+
+        Steps 2 to 4, of the wide block. Returns the block and its channels.
+        """
+        runner = self.runner
+        channels, W = self.channels_that_stay(wide, xs, target)
+        weights = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
+        check_finite(weights, FIT)
+        if "values" in self.parts:
+            block = precise(weights, runner)
+            mlp = block.mlp
+            V = new_values(mlp.up_proj, mlp.down_proj, few(xs, ENOUGH), few(target, ENOUGH),
+                           block.post_attention_layernorm, lambda n: mix_channels(mlp, n), runner,
+                           self.ridge)
+            weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
+        C, B = self.products(channel_features(weights, runner), xs, target, "channel")
+        weights[DOWN_PROJ] = stored(fit(W, B, *ridged(C, self.ridge)), wide[DOWN_PROJ])
+        check_finite(weights, FIT)
+        return weights, channels.cpu()
+
+    def heads_that_stay(self, wide: Weights, xs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose KV heads of the wide block (step 2). Returns them and their rows of o_proj^T.
+
+        After an elimination these rows are fitted to the target.
+        """
+        config = self.runner.config
+        keep = config.num_key_value_heads
+        size = config.num_attention_heads // keep * config.head_dim  # rows of W of one KV head
+        W = wide[O_PROJ].double().T.to(self.runner.device)                  # (H*D, C)
+        features = head_features(wide, self.runner)
+        if "eliminate" in self.parts:
+            A, B = self.products(features, few(xs), few(target), "head")
+            factor, pull = ridged(A, self.ridge)
+            W = fit(W, B, factor, pull)
+            heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, config.qk_norm)
+        else:
+            squares = mean_squares(self.runner, few(xs), features)
+            check_finite({"the head statistics": squares}, FIT)
+            scores = head_importance(squares.sqrt(), W.T, len(W) // size)
+            heads = keep_kv_heads(scores.cpu(), config)
+        return heads, W[channels_of(heads, size).to(W.device)]
+
+    def channels_that_stay(self, wide: Weights, xs: Tensor,
+                           target: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose channels of the wide block (step 2). Returns them and their rows of down_proj^T.
+
+        After an elimination these rows are fitted to the target.
+        """
+        keep = self.runner.config.intermediate_size
+        W = wide[DOWN_PROJ].double().T.to(self.runner.device)               # (F, C)
+        squares = mean_squares(self.runner, few(xs, ENOUGH), channel_features(wide, self.runner))
+        check_finite({"the channel statistics": squares}, FIT)
+        compared = min(int(SHORTLIST * keep), len(W)) if "eliminate" in self.parts else keep
+        channels = best(squares.sqrt() * W.norm(dim=1), compared)
+        W = W[channels]
+        if compared > keep:
+            shortlisted = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
+            features = channel_features(shortlisted, self.runner)
+            C, B = self.products(features, few(xs), few(target), "channel")
+            factor, pull = ridged(C, self.ridge)
+            W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor)
+            del C, factor  # large: of three such matrices only P is needed from here on
+            stay = eliminate(W, P, keep)
+            W, channels = W[stay], channels[stay]
+        return channels, W
+
+    def products(self, features: Callable[[Tensor], Tensor], xs: Tensor, target: Tensor,
+                 unit: str) -> tuple[Tensor, Tensor]:
+        """Return E[z^T z] and E[z^T t] for z = features(x); x and t are the streams xs and target.
+
+        ValueError if a number is not finite; `unit` says what z is of.
+        """
+        def terms(u: Tensor, t: Tensor) -> list:
+            z = features(u)
+            return [(z, z), (z, t)]
+        A, B = means(self.runner, [xs, target], terms)
+        check_finite({f"the {unit} statistics": A, f"what {unit}s should add": B}, FIT)
+        return A, B
+
+
+def refit_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner, ridge: float = RIDGE,
+                 parts: tuple[str, ...] = PARTS) -> Iterator[tuple[Weights, dict]]:
+    """Do what flatten.merge_groups does, with the fit. Yields blocks and reports.
+
+    A report also holds the error against the dense model's stream. Up to the first group that is
+    merged both models are the same, so until then one stream is enough.
+    """
+    first = next((k for k, group in enumerate(groups) if len(group) > 1), len(groups))
+    yield from merge_groups(source, groups[:first], xs, runner, *keep_wide())
+    fit = Fit(xs.clone(), runner, ridge, parts)
+    blocks = merge_groups(source, groups[first:], xs, runner, fit.attention, fit.mlp)
+    for group in groups[first:]:
+        start = probe(xs)
+        block, report = next(blocks)
+        if len(group) > 1:
+            n = len(start)
+            report["error_refit"] = relative_error(xs[:n], fit.dense[:n], start)
+        yield block, report
+
+
+# ---- the command
+
+def parse_args() -> argparse.Namespace:
+    parser = console.parser("Flatten a model and fit each merged block to the dense model.",
+                            __doc__)
+    add_options(parser)
+    parser.add_argument("--group-by", choices=("similarity", "damage"), default="similarity",
+                        help="join what is most alike (the default, as in the paper), or what "
+                             f"does least damage when tried (groups of at most {LARGEST})")
+    args = parser.parse_args()
+    if args.ckpt is None:
+        raise ValueError("--ckpt is missing: the folder of the model to compress")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    source = Checkpoint(args.ckpt)
+    by_damage = args.group_by == "damage"
+    merges = plan(source, args, "refit", RIDGE, LARGEST if by_damage else None)
+    with Writer(args.out, source, args.overwrite) as writer:
+        tokens, name = read_tokens(source.path, args)            # (N, T)
+        runner = start_runner(source, args, name)
+        S = measure(source, tokens, runner).S                    # (L, L)
+        if by_damage:
+            def trial(dense: Tensor) -> tuple[Callable, Callable]:
+                fit = Fit(dense, runner, args.ridge, QUICK)
+                return fit.attention, fit.mlp
+            damage = damages(source, tokens, runner, trial, merges, args.max_group)
+            groups = least_damage(damage, len(S), merges)
+        else:
+            groups = select_groups(S, merges, args.max_group or len(S))
+        xs = embed(source.outer(), tokens, runner.dtype)         # (N, T, C), enters block 0
+        blocks = refit_groups(source, groups, xs, runner, args.ridge)
+        reports = new_reports(groups, S)
+        for block in tell(blocks, source, groups, reports):
+            writer.add(block)
+        record = {"method": "FlattenGPT (arXiv 2602.08858), fitted to the dense model",
+                  "grouped_by": args.group_by, "ratio_asked": args.ratio, "groups": reports,
+                  **describe_run("-m beyond.refit", args, tokens, name, runner.dtype,
+                                 ratio=args.ratio, group_by="damage" if by_damage else None)}
+        record = writer.finish(groups, record)
+    if args.explain:
+        explain(reports, S, source.config)
+    conclude(source, args, record)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,71 +1,78 @@
 """The least-squares problems of beyond/refit.py, as functions of sums over the calibration text.
 
-A regression z V ~ t is known by A = E[z^T z] (n, n) and B = E[z^T t] (n, C), means over tokens, whatever the text's length.
-Each is pulled towards weights W that are there already by a ridge; `factor` is always the Cholesky factor of A + ridge I.
-All is float64. Of A only the lower triangle is ever read.
+A regression z V ~ t is known by A = E[z^T z] (n, n) and B = E[z^T t] (n, C). These are means over
+tokens, as large for a long text as for a short one. A ridge pulls each solution towards weights W
+that are there already. `factor` is always the Cholesky factor of A + ridge I. Everything is
+float64. Of A only the lower triangle is ever read.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from calibrate import Runner, add_gram, batches, sum_dtype
+from model import Runner, sum_dtype
 from prune import absolute_ridge, regularized_cholesky
 
 RIDGE = 0.01  # of every problem here, in mean eigenvalues of its matrix
-STEPS = 64    # channels are eliminated in about so many batches
+STEPS = 64    # channels are eliminated in about this many batches
 
+
+# ---- sums over the text
 
 @torch.inference_mode()
-def mean_products(runner: Runner, streams: list[Tensor], pairs_of: Callable) -> list[Tensor]:
-    """Mean over tokens of a^T b, (A, B), for each pair (a (..., A), b (..., B)) that pairs_of makes of a batch.
-
-    If a and b are one tensor, only the lower triangle is right: what lies above the diagonal is not computed.
-    """
-    totals, tokens, dtype = None, streams[0].shape[0] * streams[0].shape[1], sum_dtype(runner.dtype)
-    for rows in batches(streams[0]):
-        pairs = pairs_of(*(stream[rows].to(runner.device) for stream in streams))
-        totals = totals or [torch.zeros(a.shape[-1], b.shape[-1], dtype=dtype, device=a.device) for a, b in pairs]
-        for total, (a, b) in zip(totals, pairs, strict=True):
-            left = a.flatten(0, -2).to(dtype)
-            if a is b:
-                add_gram(total, left)
-            else:
-                total.addmm_(left.T, b.flatten(0, -2).to(dtype))
-    return [total.double().div_(tokens) for total in totals]
+def means(runner: Runner, streams: Sequence[Tensor], terms: Callable) -> list[Tensor]:
+    """Return means over tokens of what Runner.sums adds up, in float64."""
+    tokens = streams[0].shape[0] * streams[0].shape[1]
+    return [total.double().div_(tokens) for total in runner.sums(streams, terms)]
 
 
-def mean_squares(runner: Runner, xs: Tensor, features_of: Callable) -> Tensor:
-    """Mean over tokens of z^2, (n,), for the features z (..., n) that features_of makes of a batch of xs."""
-    dtype = sum_dtype(runner.dtype)
-    return mean_products(runner, [xs], lambda u: [(torch.ones_like(u[..., :1]), features_of(u).to(dtype).square())])[0][0]
+def mean_squares(runner: Runner, xs: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mean over tokens of z^2, (n,), for the features z (..., n) of the stream xs."""
+    def sum_of_squares(u: Tensor) -> list:
+        z = features(u)
+        ones = torch.ones_like(u[..., :1])
+        return [(ones, z.to(sum_dtype(z.dtype)).square())]  # ones^T z^2 is the sum over tokens
+    return means(runner, [xs], sum_of_squares)[0][0]
 
+
+# ---- solutions
 
 def ridged(A: Tensor, multiple: float = RIDGE) -> tuple[Tensor, float]:
-    """(the Cholesky factor of A + ridge I, ridge): so many mean eigenvalues of A (n, n), or 1 if A is zero."""
+    """Return the Cholesky factor of A + ridge I, and the ridge.
+
+    The ridge is `multiple` mean eigenvalues of A (n, n), or 1 if A is zero.
+    """
     ridge = absolute_ridge(A, multiple) or 1.0
     return regularized_cholesky(A, ridge), ridge
 
 
 def fit(W: Tensor, B: Tensor, factor: Tensor, ridge: float) -> Tensor:
-    """V = (A + ridge I)^-1 (B + ridge W), which minimises E|z V - t|^2 + ridge |V - W|^2; W and B (n, C)."""
+    """Return the V (n, C) that minimises E|z V - t|^2 + ridge |V - W|^2, for W and B (n, C).
+
+    It is V = (A + ridge I)^-1 (B + ridge W).
+    """
     return torch.cholesky_solve(B + ridge * W, factor)
 
 
 def alignment(cross: Tensor, factor: Tensor, ridge: float) -> Tensor:
-    """M (C, C) that minimises E|n M - t|^2 + ridge |M - I|^2, from cross = E[n^T t] and the factor of E[n^T n] + ridge I.
+    """Return the M (C, C) that minimises E|n M - t|^2 + ridge |M - I|^2.
 
-    n is what a member reads after flattening, t what it read in the dense model. M is the identity if the two are the same,
-    and exact, but for the ridge, if t is a linear image of n.
+    n is what a member reads after flattening, t what it read in the dense model. cross = E[n^T t],
+    and `factor` is that of E[n^T n] + ridge I. M is the identity if n and t are the same. If t is a
+    linear image of n, M is exact but for the ridge.
     """
     return fit(torch.eye(len(cross), dtype=cross.dtype, device=cross.device), cross, factor, ridge)
 
 
-def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
-    """Make these rows of V zero and move the others to where a quadratic with inverse Hessian P is then smallest; in place.
+# ---- elimination: which features to do without
 
-    The step of the optimal brain surgeon (Hassibi and Stork 1993), for several rows at once. P becomes the inverse of the
-    Hessian of those that remain, its removed rows and columns zero.
+def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
+    """Make these rows of V (n, C) zero, and let the others adapt, in place.
+
+    V minimises a quadratic whose inverse Hessian is P (n, n). Afterwards it minimises the quadratic
+    over the rows that remain, and P is the inverse of their Hessian, with zeros in the removed rows
+    and columns. This is the step of the optimal brain surgeon (Hassibi and Stork 1993), for several
+    rows at once.
     """
     factor = regularized_cholesky(P[rows][:, rows], 0.0)
     back, P_rows = P[:, rows], P[rows]
@@ -75,10 +82,11 @@ def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
 
 
 def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
-    """Remove units of `size` rows of V (n, C), one after the other, each time the one that costs least, until `keep` remain.
+    """Remove units of `size` rows of V (n, C) until `keep` remain. Returns the units that remain.
 
-    The cost of unit j is tr(V_j^T [P_jj]^-1 V_j), what the quadratic gains although all others adapt. V and P as in
-    remove, changed in place. Returns the units that remain.
+    Each time the unit goes that costs least. The cost of unit j is tr(V_j^T [P_jj]^-1 V_j): by this
+    much the quadratic grows, even though all other rows adapt. V and P are those of `remove`, and
+    are changed in place.
     """
     left = list(range(len(V) // size))
     while len(left) > keep:
@@ -92,61 +100,84 @@ def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
 
 
 def cheapest(V: Tensor, P: Tensor, count: int) -> list[int]:
-    """Rows of V (n, C) that go first: `count` times the one of least |V_i|^2 / P_ii, after which all others adapt.
+    """Return the first `count` rows that go if rows of V (n, C) are removed one after the other.
 
-    The exact greedy rule, without changing V or P (n, n): their products V V^T and P are enough to follow it.
+    The rule is exact: the row of least |V_i|^2 / P_ii goes, all others adapt, and so on. V and P
+    (n, n) stay as they are. Instead of V, its products M = V V^T (n, n) are followed, because the
+    costs need nothing else.
     """
     M, rows = V @ V.T, []
     for _ in range(count):
         cost = M.diagonal() / P.diagonal()
-        cost[rows] = torch.inf
+        cost[rows] = torch.inf  # gone already
         i = int(cost.argmin())
         rows.append(i)
-        column = P[:, i] / P[i, i]
-        P, M = P - torch.outer(column, P[i]), M - torch.outer(column, M[i])
-        M = M - torch.outer(M[:, i], column)
+        # As row i goes, V becomes V - share V_i (see remove). P changes likewise, and so does
+        # M = V V^T, first on its left, then on its right.
+        share = P[:, i] / P[i, i]
+        P = P - torch.outer(share, P[i])
+        M = M - torch.outer(share, M[i])
+        M = M - torch.outer(M[:, i], share)
     return rows
 
 
 def eliminate(V: Tensor, P: Tensor, keep: int, steps: int = STEPS) -> Tensor:
-    """eliminate_units for single rows, many at a time: n r (r + 2 C) flops to remove r of n. Returns the rows that remain.
+    """Remove rows of V (n, C), many at a time, until `keep` remain. Returns the rows that remain.
 
-    P - R^T R is the inverse Hessian of what remains: R (removed, n) grows like a Cholesky factor of P whose pivots are
-    chosen on the way, so only rows that go are ever computed. A batch is chosen by the exact rule, but among the twice as
-    many candidates of least cost. Batches of one row are the exact rule. P stays as it is; of V, changed in place, only
-    the rows that remain mean anything.
+    V and P are those of `remove`, but P stays as it is, and of V only the rows that remain mean
+    anything afterwards. After some removals the inverse Hessian is P - R^T R. R (removed, n) grows
+    by a row for each row that goes, like a Cholesky factor of P whose pivots are chosen on the way.
+    So of P - R^T R only the rows that go are ever computed: n r (r + 2 C) flops to remove r of n.
     """
-    R, diagonal, gone = P.new_empty(len(V) - keep, len(V)), P.diagonal().clone(), torch.arange(0, device=V.device)
-    while (left := len(V) - keep - len(gone)) > 0:
-        batch, past = min(-(-len(R) // steps), left), R[:len(gone)]
+    n, to_remove = len(V), len(V) - keep
+    size = -(-to_remove // steps)        # of a batch, rounded up
+    R = P.new_empty(to_remove, n)
+    diagonal = P.diagonal().clone()      # of P - R^T R
+    gone = torch.arange(0, device=V.device)
+    while len(gone) < to_remove:
+        left = to_remove - len(gone)
+        batch, past = min(size, left), R[:len(gone)]
+
+        # Choose the batch by the exact rule, but only among twice as many candidates of least cost.
         cost = (V.norm(dim=1).square() / diagonal).index_fill_(0, gone, torch.inf)
-        nearest = cost.argsort()[:min(2 * batch, left + keep)]
-        near = past[:, nearest]
-        rows = nearest[cheapest(V[nearest], P[nearest][:, nearest] - near.T @ near, batch)]
-        new = torch.addmm(P[rows], past[:, rows].T, past, alpha=-1)
+        candidates = cost.argsort()[:min(2 * batch, left + keep)]
+        R_c = past[:, candidates]
+        P_c = P[candidates][:, candidates] - R_c.T @ R_c
+        rows = candidates[cheapest(V[candidates], P_c, batch)]
+
+        # Append to R what makes these rows of P - R^T R zero.
+        new = torch.addmm(P[rows], past[:, rows].T, past, alpha=-1)         # (batch, n)
         factor = regularized_cholesky(new[:, rows], 0.0)
         new = torch.linalg.solve_triangular(factor, new, upper=False)
         R[len(gone):len(gone) + batch] = new
-        V.addmm_(new.T, torch.linalg.solve_triangular(factor, V[rows], upper=False), alpha=-1)
+
+        # Let the other rows of V adapt.
+        change = torch.linalg.solve_triangular(factor, V[rows], upper=False)
+        V.addmm_(new.T, change, alpha=-1)
         diagonal -= new.square().sum(0)
         gone = torch.cat([gone, rows])
-    return torch.ones(len(V), device=V.device).index_fill_(0, gone, 0).nonzero().flatten()
+    return torch.ones(n, device=V.device).index_fill_(0, gone, 0).nonzero().flatten()
 
 
-def conjugate_gradients(slope: Tensor, curvature: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor],
-                        steps: int) -> Tensor:
-    """D that brings <D, H D> / 2 - <D, slope> down as far as so many steps can; H D = curvature(D), never formed.
+# ---- a problem too large for a matrix
 
-    As many steps as unknowns reach the minimum; each step comes closer to it. Fewer are a ridge of their own: directions
-    that the data barely know stay as they are. Preconditioned conjugate gradients (Hestenes and Stiefel 1952).
+def conjugate_gradients(slope: Tensor, curvature: Callable[[Tensor], Tensor],
+                        precondition: Callable[[Tensor], Tensor], steps: int) -> Tensor:
+    """Return the D that `steps` steps reach on the way down <D, H D> / 2 - <D, slope>.
+
+    H is never formed: curvature(D) returns H D. Every step comes closer to the minimum, and as many
+    steps as there are unknowns reach it. Stopping early regularises: directions the data barely
+    determine stay unchanged. Preconditioned conjugate gradients (Hestenes and Stiefel 1952).
     """
-    D, left, direction, before = torch.zeros_like(slope), slope, torch.zeros_like(slope), 1.0
+    D, left, before = torch.zeros_like(slope), slope, 1.0  # left: the slope at D
+    direction = torch.zeros_like(slope)
     for _ in range(steps):
         step = precondition(left)
         size = float((left * step).sum())
         direction = step + size / before * direction
         bent = curvature(direction)
-        if not (size > 0 and (bend := float((direction * bent).sum())) > 0):  # there already, or beyond what digits can tell
+        bend = float((direction * bent).sum())
+        if not (size > 0 and bend > 0):  # at the minimum, or as near as the digits can tell
             break
         length = size / bend
         D, left, before = D + length * direction, left - length * bent, size

@@ -1,4 +1,4 @@
-"""Write a checkpoint folder block by block, so that it appears under its final name complete or not at all."""
+"""Write a checkpoint folder block by block. It appears under its name complete, or not at all."""
 import contextlib
 import shutil
 import tempfile
@@ -11,15 +11,16 @@ from checkpoint.beside import copy_beside, model_card, write_json
 from checkpoint.config import WIDE
 from checkpoint.reader import Checkpoint, Weights
 
-SHARD = 16 * 2**20  # bytes collected before a file is written; a block of a large model is a file of its own
+SHARD = 16 * 2**20  # bytes of a file, at least; a block of a large model is a file of its own
 NAMES = ("auto_map", "_name_or_path", "_model_name_or_path")  # of code and folders left behind
 
 
 class Writer:
-    """`with Writer(out, source) as writer:` builds the folder beside `out`; writer.finish(...) puts it in place.
+    """Builds a checkpoint folder: `with Writer(out, source) as writer:`.
 
-    Without finish (an error, Ctrl-C) nothing is left behind. Everything that can be known to fail later, such as an
-    existing output or a full disk, is a ValueError at the start.
+    The folder is built beside `out`, and writer.finish(...) puts it in place. Without finish (after
+    an error or Ctrl-C) nothing is left. What can be known to fail later, such as an existing output
+    or a full disk, is a ValueError at the start.
     """
 
     def __init__(self, out: str | Path, source: Checkpoint, overwrite: bool = False):
@@ -32,10 +33,11 @@ class Writer:
         disk = next(path for path in self.out.absolute().parents if path.exists())
         need, free = self.source.size()[1], shutil.disk_usage(disk).free
         if free < need:
-            raise ValueError(f"the disk of {self.out} has {free / 1e9:.2f} GB free and the result may need "
-                             f"{need / 1e9:.2f} GB; free some or choose another --out")
+            raise ValueError(f"the disk of {self.out} has {free / 1e9:.2f} GB free and the result "
+                             f"may need {need / 1e9:.2f} GB; free some or choose another --out")
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
+        folder = tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent)
+        self.folder = Path(folder)
         return self
 
     def __exit__(self, *error) -> None:
@@ -45,15 +47,17 @@ class Writer:
                 path.rmdir()
 
     def add(self, block: Weights) -> None:
-        """Append a block, its tensors under their names inside the block."""
-        self._collect({f"model.layers.{self.blocks}.{name}": tensor for name, tensor in block.items()})
+        """Append a block, whose tensors have their names inside a block."""
+        self._collect({f"model.layers.{self.blocks}.{name}": tensor
+                       for name, tensor in block.items()})
         self.blocks += 1
 
-    def finish(self, groups: list[list[int]], record: dict, wide: bool = False, changes: dict | None = None) -> dict:
-        """Write what surrounds the blocks, add the counted sizes to `record` (flatten.json), move the folder in place.
+    def finish(self, groups: list[list[int]], record: dict, wide: bool = False,
+               changes: dict | None = None) -> dict:
+        """Write what surrounds the blocks and move the folder in place. Returns the full record.
 
-        groups[k] are the source's blocks that became block k; `changes` are other fields for config.json. Returns the
-        completed record.
+        groups[k] are the source's blocks that became block k. The counted sizes are added to
+        `record`, which is written as flatten.json. `changes` are other fields for config.json.
         """
         self._collect(self.source.outer())
         self._flush()
@@ -71,29 +75,32 @@ class Writer:
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         mode = (self.folder / "config.json").stat().st_mode & 0o666
         for path in [self.folder, *self.folder.rglob("*")]:
-            # safetensors and mkdtemp keep theirs private; readers of config.json may read the rest
+            # safetensors and mkdtemp write for the owner only; config.json has the usual rights
             path.chmod(mode | (mode >> 2 & 0o111 if path.is_dir() else 0))
         publish(self.folder, self.out, self.overwrite)
         return record
 
     def _collect(self, tensors: Weights) -> None:
+        """Keep tensors for the next file, and write it if it is large enough."""
         self.pending |= tensors
         self.pending_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if self.pending_bytes >= SHARD:
             self._flush()
 
     def _flush(self) -> None:
+        """Write the collected tensors to a file."""
         if self.pending:
             path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
+            tensors = {name: tensor.contiguous() for name, tensor in self.pending.items()}
             try:
-                save_file({name: tensor.contiguous() for name, tensor in self.pending.items()}, path, {"format": "pt"})
+                save_file(tensors, path, {"format": "pt"})
             except SafetensorError as error:  # a full disk, most likely
                 raise OSError(f"cannot write {self.out}: {error}") from None
-            self.shards.append((path, {name: tensor.nbytes for name, tensor in self.pending.items()}))
+            self.shards.append((path, {name: tensor.nbytes for name, tensor in tensors.items()}))
         self.pending, self.pending_bytes = {}, 0
 
     def _name_shards(self) -> None:
-        """Give the files their names, which hold their number, and write the index if there are several."""
+        """Give the files their names, which hold their number. Write the index of several."""
         total = len(self.shards)
         if total == 1:
             self.shards[0][0].rename(self.folder / "model.safetensors")
@@ -109,49 +116,60 @@ class Writer:
 
 
 def new_config(source: Checkpoint, groups: list[list[int]], wide: bool) -> dict:
-    """The source's config.json with the new number of blocks; lists with one entry a block keep each group's first.
+    """Make the result's config.json: the source's, with the new number of blocks.
 
-    Code that it names (auto_map) is not copied, so the name goes too. A wide checkpoint gets a
+    Of lists with an entry for each block, the entry of each group's first block stays. Code that
+    the config names (auto_map) is not copied, so the name goes, too. A wide checkpoint gets a
     model_type of its own, so that no library takes it for an ordinary one.
     """
     config = dict(source.raw)
     config["num_hidden_layers"] = len(groups)
+    firsts = [group[0] for group in groups]
     for field in ("layer_types", "no_rope_layers"):
         if isinstance(config.get(field), list):
-            config[field] = [config[field][group[0]] for group in groups]
-    if isinstance(config.get("max_window_layers"), int):
-        config["max_window_layers"] = sum(group[0] < source.raw["max_window_layers"] for group in groups)
+            config[field] = [config[field][first] for first in firsts]
+    full = config.get("max_window_layers")  # the number of blocks, from the first, with no window
+    if isinstance(full, int):
+        config["max_window_layers"] = sum(first < full for first in firsts)
     for field in ("block_widths", "base_model_type", "base_architectures", *NAMES):
         config.pop(field, None)
     if wide:
-        config |= {"model_type": WIDE, "base_model_type": source.raw["model_type"], "architectures": ["FlattenedWide"],
+        config |= {"model_type": WIDE, "base_model_type": source.raw["model_type"],
+                   "architectures": ["FlattenedWide"],
                    "base_architectures": source.raw.get("architectures"),
                    "block_widths": [len(group) for group in groups]}
     elif source.is_wide:
-        config |= {"model_type": source.raw["base_model_type"], "architectures": source.raw.get("base_architectures")}
+        config |= {"model_type": source.raw["base_model_type"],
+                   "architectures": source.raw.get("base_architectures")}
     return config
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
-    """ValueError unless `out` may be written: not there yet, or replaceable, and apart from the source."""
+    """ValueError unless `out` may be written.
+
+    It must lie apart from the source. It must be new, or empty or an earlier result that may be
+    replaced.
+    """
     try:
         here, there = out.resolve(), source.resolve()
     except (RuntimeError, OSError) as error:
         raise ValueError(f"--out {out} cannot be used ({error})") from None
     if here == there or there in here.parents or here in there.parents:
-        raise ValueError(f"--out {out} and the checkpoint {source} overlap; choose a folder apart from it")
+        raise ValueError(f"--out {out} and the checkpoint {source} overlap; "
+                         "choose a folder apart from it")
     if not out.exists() and not out.is_symlink():
         return
-    ours = out.is_dir() and not out.is_symlink() and ((out / "flatten.json").is_file()
-                                                        or not any(out.iterdir()))
-    if not ours:
-        raise ValueError(f"{out} exists and is not a result of this program (no flatten.json); choose another --out")
+    is_folder = out.is_dir() and not out.is_symlink()
+    if not is_folder or (any(out.iterdir()) and not (out / "flatten.json").is_file()):
+        raise ValueError(f"{out} exists and is not a result of this program (no flatten.json); "
+                         "choose another --out")
     if not overwrite:
-        raise ValueError(f"{out} exists already; choose another --out, or replace it with --overwrite")
+        raise ValueError(f"{out} exists already; choose another --out, or replace it with "
+                         "--overwrite")
 
 
 def publish(folder: Path, out: Path, overwrite: bool) -> None:
-    """Move the complete folder to its final name; what was there, if it may be replaced, goes last."""
+    """Move the complete folder to its final name. What it replaces is removed at the very end."""
     if not overwrite or not out.exists():
         if out.exists():
             raise ValueError(f"{out} appeared while this was running; it is left as it is")

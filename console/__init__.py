@@ -1,5 +1,6 @@
-"""What a user of the scripts sees besides results: progress on long work, and one line when something is wrong."""
+"""What a user of the commands sees besides results: progress, and one line for an error."""
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -13,48 +14,56 @@ NO_MEMORY = r"out of memory|can't allocate|(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_
 LESS = {"--samples": "fewer --samples", "--length": "a smaller --length",
         "--window": "a smaller --window", "--stream": "--stream",
         "--max-group": "--max-group 2"}  # options that save memory
-running = None  # the parser of the script that runs, which knows its options
+running = None  # the parser of the command that runs, which knows its options
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main(): a user's mistake or an interruption becomes one line on stderr and exit code 2.
+    """Run a command's main(). A user's mistake or an interruption leaves one line and exit code 2.
 
-    Errors of the user are ValueError, OSError and running out of memory; anything else is a bug, and its traceback is
-    shown. FLATTENGPT_TRACEBACK=1 shows all of them.
+    Mistakes are ValueError, OSError and running out of memory. Anything else is a bug, whose
+    traceback is shown. FLATTENGPT_TRACEBACK=1 shows all tracebacks.
     """
     stopped = []
 
     def stop(number: int, frame) -> None:
         stopped.append(number)
         raise KeyboardInterrupt
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # a kill, or a lost connection, cleans up too
-        signal.signal(getattr(signal, name), stop)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), stop)  # a kill or a lost connection cleans up, too
     try:
         main()
     except KeyboardInterrupt:
         fail(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has left
+    except BrokenPipeError:  # the reader (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if stopped:  # the interruption surfaced inside a library, as an error of its own
             fail(INTERRUPTED)
-        if not isinstance(error, ValueError | OSError | MemoryError | RuntimeError):
+        no_memory = isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))
+        mistake = no_memory or isinstance(error, ValueError | OSError)
+        if not mistake or os.environ.get("FLATTENGPT_TRACEBACK"):
             raise
-        out_of_memory = isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))
-        if os.environ.get("FLATTENGPT_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
-            raise
-        fail((memory_hint() if out_of_memory else "") + " ".join(str(error).split()))
+        fail((memory_hint() if no_memory else "") + " ".join(str(error).split()))
 
 
 def memory_hint() -> str:
-    """The words before an error that means "not enough memory": which options need less of it."""
+    """Word the hint that precedes an out-of-memory error: which options need less memory."""
     known = re.findall(r"--[\w-]+", running.format_usage()) if running else []
-    options = [what for option, what in LESS.items() if option in known]
-    return f"not enough memory; try {' or '.join(options)}: " if options else "not enough memory: "
+    hints = [hint for option, hint in LESS.items() if option in known]
+    return f"not enough memory; try {' or '.join(hints)}: " if hints else "not enough memory: "
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put the place in front of any ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """A command-line parser whose --help ends with `epilog` as it stands, and whose errors are one line."""
+    """Make a command-line parser whose errors are one line. Its --help ends with `epilog`."""
     global running
     running = made = argparse.ArgumentParser(description=description, epilog=epilog,
                                              formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,27 +73,36 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
 
 def fail(message: str) -> None:
     """Leave with one line on stderr and exit code 2."""
-    print(f"\r\033[Kerror: {message}" if sys.stderr.isatty() else f"error: {message}", file=sys.stderr)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may stand there
+    print(f"{clear}error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def progress(items: Iterable, what: str, total: int) -> Iterator:
-    """Yield the items and keep a line on stderr: how many are done, seconds for each, time left."""
+    """Yield the items, and tell on stderr how many are done, seconds for each, and time left.
+
+    A terminal gets one line that changes. A log gets a line every half minute, and the last.
+    """
     start, last, live = time.monotonic(), 0.0, sys.stderr.isatty()
     for done, item in enumerate(items, 1):
         yield item
         spent = time.monotonic() - start
-        # a terminal gets a line that changes; a log gets one line every half minute and the last
-        if live or spent - last > 30 or (done == total and spent > 1):
-            each, last = spent / done, spent
-            print(f"{chr(13) if live else ''}{what} {done}/{total}   {each:.3g} s each   {each * (total - done):.0f} s left"
-                  + (" \033[K" if live else ""), end="" if live else "\n", file=sys.stderr, flush=True)
+        each = spent / done
+        line = f"{what} {done}/{total}   {each:.3g} s each   {each * (total - done):.0f} s left"
+        if live:
+            print(f"\r{line} \033[K", end="", file=sys.stderr, flush=True)
+        elif spent - last > 30 or (done == total and spent > 1):
+            last = spent
+            print(line, file=sys.stderr, flush=True)
     if live:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def command(script: str, **arguments) -> str:
-    """The command that repeats a run, in full: python SCRIPT --name value ..., flags without value for True."""
+    """Write out the command that repeats a run: python SCRIPT --name value ...
+
+    An argument that is True becomes a flag without value. None and False leave it out.
+    """
     words = ["python", script]
     for name, value in arguments.items():
         if value is True:

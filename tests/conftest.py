@@ -6,7 +6,7 @@ import tiny
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other cost more
 
 
 @pytest.fixture
@@ -17,6 +17,7 @@ def ckpt(tmp_path):
 
 @pytest.fixture
 def text_file(tmp_path):
+    """A file with the tiny text."""
     path = tmp_path / "text.txt"
     path.write_text(tiny.text())
     return path
@@ -24,7 +25,10 @@ def text_file(tmp_path):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    """Run a script's main() in this process as the command line does: (exit code, stdout, stderr)."""
+    """Run a script's main() in this process as the command line does.
+
+    Returns the exit code, stdout, and stderr without progress, which comes and goes.
+    """
     from console import run
 
     def call(main, *arguments):
@@ -34,7 +38,7 @@ def cli(monkeypatch, capsys):
             run(main)
         except SystemExit as stop:
             code = stop.code
-        out = capsys.readouterr()
-        errors = [line for line in out.err.splitlines(keepends=True) if " s each " not in line]  # progress comes and goes
-        return code, out.out, "".join(errors)
+        out, err = capsys.readouterr()
+        lines = err.splitlines(keepends=True)
+        return code, out, "".join(line for line in lines if " s each " not in line)
     return call

@@ -1,4 +1,7 @@
-"""Fitting merged blocks to the dense model, and grouping by measured damage: each step against its definition."""
+"""Fitting merged blocks to the dense model, and grouping by measured damage.
+
+Each step is held against its definition.
+"""
 import itertools
 
 import pytest
@@ -7,37 +10,51 @@ import torch
 import torch.nn.functional as F
 
 import flatten
-from baselines.network import Network
 from beyond import grouping, refit, regression
 from checkpoint.reader import Checkpoint
-from flatten import READS, flatten_blocks
+from compare.network import Network
+from evaluate import relative_error, through
+from flatten import READS, flatten_blocks, paper
 from model import load
-from prune import nystrom_down, prune_block, regularized_cholesky, relative_error, through
+from prune import nystrom_down, regularized_cholesky
 
 g = torch.Generator()
+
+
+def refitted(members, xs, dense, run, **options):
+    """Merge these blocks into one, fitted; both streams pass through them."""
+    fit = refit.Fit(dense, run, **options)
+    return tiny.merge(members, xs, run, fit.attention, fit.mlp)
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=g.manual_seed(seed), dtype=torch.float64)
 
 
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
 def test_alignment_is_the_identity_for_equal_inputs_and_exact_for_linear_images():
     n, M = randn(200, 6), randn(6, 6, seed=1)
     G = n.T @ n / 200
-    assert torch.allclose(regression.alignment(G, *regression.ridged(G)), torch.eye(6, dtype=torch.float64))
+    assert torch.allclose(regression.alignment(G, *regression.ridged(G)), eye(6))
     assert torch.allclose(regression.alignment(G @ M, *regression.ridged(G, 1e-12)), M, atol=1e-8)
 
 
 def test_alignment_is_the_ridge_optimum():
+    """The same optimum by least squares, with the ridge as more rows."""
     n, t = randn(50, 6), randn(50, 6, seed=1)
     G, a = n.T @ n / 50, 0.3
-    eye, scale = torch.eye(6, dtype=torch.float64), (a * float(G.diagonal().mean())) ** 0.5
-    rows = torch.cat([n / 50 ** 0.5, scale * eye]), torch.cat([t / 50 ** 0.5, scale * eye])
-    assert torch.allclose(regression.alignment(n.T @ t / 50, *regression.ridged(G, a)), torch.linalg.lstsq(*rows).solution)
+    scale = (a * float(G.diagonal().mean())) ** 0.5
+    rows = torch.cat([n / 50 ** 0.5, scale * eye(6)])
+    targets = torch.cat([t / 50 ** 0.5, scale * eye(6)])
+    M = regression.alignment(n.T @ t / 50, *regression.ridged(G, a))
+    assert torch.allclose(M, torch.linalg.lstsq(rows, targets).solution)
 
 
 @pytest.mark.parametrize("norm", READS)
-def test_projections_read_through_a_map_what_they_would_read_behind_it(norm):
+def test_projections_read_through_a_map_what_they_would_read_after_it(norm):
     cfg = tiny.config()
     block, M, n = tiny.block(cfg, 0), randn(32, 32), randn(7, 32, seed=1)
     mapped = refit.read_through(block, READS[norm], M)
@@ -47,9 +64,9 @@ def test_projections_read_through_a_map_what_they_would_read_behind_it(norm):
 
 
 def problem(n=8, d=3, tokens=40, seed=0):
-    """Data z, target t, start W; and A, B of them."""
-    z, t = randn(tokens, n, seed=seed) @ randn(n, n, seed=seed + 1), randn(tokens, d, seed=seed + 2)
-    W = randn(n, d, seed=seed + 3)
+    """Return data z, a target t and start weights W, then A = z^T z and B = z^T t, a token."""
+    z = randn(tokens, n, seed=seed) @ randn(n, n, seed=seed + 1)
+    t, W = randn(tokens, d, seed=seed + 2), randn(n, d, seed=seed + 3)
     return z, t, W, z.T @ z / tokens, z.T @ t / tokens
 
 
@@ -58,20 +75,26 @@ def fit(W, A, B, ridge):
 
 
 def inverse(A, ridge):
-    return torch.linalg.inv(A + ridge * torch.eye(len(A), dtype=A.dtype))
+    return torch.linalg.inv(A + ridge * eye(len(A)))
 
 
 def objective(V, rows, z, t, W, ridge):
-    return float((z[:, rows] @ V - t).square().sum() / len(z) + ridge * (V - W[rows]).square().sum())
+    """Return what a fit with these rows minimises: error per token, and distance from W."""
+    error = (z[:, rows] @ V - t).square().sum() / len(z)
+    return float(error + ridge * (V - W[rows]).square().sum())
 
 
 def test_fit_is_the_ridge_optimum():
     z, t, W, A, B = problem()
     ridge = 0.2
-    rows = (torch.cat([z / 40 ** 0.5, ridge ** 0.5 * torch.eye(8, dtype=torch.float64)]),
-            torch.cat([t / 40 ** 0.5, ridge ** 0.5 * W]))
-    assert torch.allclose(fit(W, A, B, ridge), torch.linalg.lstsq(*rows).solution)
-    assert torch.allclose(fit(W, A, A @ W, ridge), W)  # a target that W meets already
+    rows = torch.cat([z / 40 ** 0.5, ridge ** 0.5 * eye(8)])
+    targets = torch.cat([t / 40 ** 0.5, ridge ** 0.5 * W])
+    assert torch.allclose(fit(W, A, B, ridge), torch.linalg.lstsq(rows, targets).solution)
+
+
+def test_a_target_that_the_weights_meet_already_changes_nothing():
+    _, _, W, A, _ = problem()
+    assert torch.allclose(fit(W, A, A @ W, 0.2), W)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,13 +106,14 @@ def test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum(seed, size,
     def rows_of(chosen):
         return torch.tensor([unit * size + k for unit in chosen for k in range(size)])
 
-    def best_objective(chosen):
-        rows = rows_of(chosen)
+    def best_without(unit):
+        """The least objective without this unit; the rows that are gone count as zeros."""
+        rows = rows_of([other for other in units if other != unit])
         V = fit(W[rows], A[rows][:, rows], B[rows], ridge)
-        removed = torch.tensor([row for row in range(8) if row not in rows.tolist()])
-        return objective(V, rows, z, t, W, ridge) + (ridge * float(W[removed].square().sum()) if len(removed) else 0)
+        gone = [row for row in range(8) if row not in rows.tolist()]
+        return objective(V, rows, z, t, W, ridge) + ridge * float(W[gone].square().sum())
     while len(units) > keep:
-        units.remove(min(units, key=lambda unit: best_objective([other for other in units if other != unit])))
+        units.remove(min(units, key=best_without))
     V, P = fit(W, A, B, ridge), inverse(A, ridge)
     kept = regression.eliminate_units(V, P, size, keep)
     assert kept.tolist() == units
@@ -102,9 +126,10 @@ def test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum(seed, size,
             assert torch.allclose(V[rows], fit(W[rows], A[rows][:, rows], B[rows], ridge))
 
 
-def test_batches_of_elimination_see_duplicates_and_leave_the_optimum_of_what_remains():
+def test_batches_of_elimination_see_duplicates():
+    """Every channel is there twice, and one of each pair may go for nothing: but not both."""
     z, _, W, _, _ = problem(n=20, tokens=100)
-    z[:, 10:] = z[:, :10]  # every channel twice: of each pair exactly one may go for nothing
+    z[:, 10:] = z[:, :10]
     A, t = z.T @ z / 100, z @ W
     for steps in (1, 2, 5):
         V, P = fit(W, A, z.T @ t / 100, 1e-6), inverse(A, 1e-6)
@@ -152,11 +177,12 @@ def test_removing_leaves_the_inverse_of_what_remains():
 
 
 def test_no_weights_fit_the_dense_stream_better_than_the_fit():
-    """Among them the paper's: with the same channels its compensation is never better by the ridge objective."""
+    """Neither the paper's compensation nor plain selection does, with the same channels."""
     z, t, W, A, B = problem()
     rows = torch.tensor([0, 3, 4, 6])
     V, nystrom = fit(W[rows], A[rows][:, rows], B[rows], 0.1), nystrom_down(W.T, A, rows, 0.1).T
-    assert objective(V, rows, z, t, W, 0.1) <= min(objective(other, rows, z, t, W, 0.1) for other in (nystrom, W[rows]))
+    least = objective(V, rows, z, t, W, 0.1)
+    assert all(least <= objective(other, rows, z, t, W, 0.1) for other in (nystrom, W[rows]))
 
 
 CHANGES = [{}, {"model_type": "llama", "num_key_value_heads": 6}, {"model_type": "qwen3"}]
@@ -168,7 +194,7 @@ def test_a_block_alone_stays_what_it_is(changes):
     member, xs = tiny.block(cfg, 0), tiny.stream(cfg, 6, 20)
     dense, run = xs.clone(), tiny.runner(cfg, 20)
     expected = through([member], xs, run)
-    refit.refit_block([member], xs, dense, run)
+    refitted([member], xs, dense, run)
     assert torch.allclose(dense, expected) and torch.allclose(xs, expected, atol=1e-9)
 
 
@@ -177,10 +203,10 @@ def test_a_block_alone_stays_what_it_is(changes):
 def test_a_dead_block_merged_with_any_other_leaves_the_other(changes, dead):
     cfg = tiny.config(**changes)
     members = [tiny.block(cfg, 0), tiny.block(cfg, 1)]
-    members[dead] = {name: tensor if "norm" in name else torch.zeros_like(tensor) for name, tensor in members[dead].items()}
+    members[dead] = tiny.silent(members[dead])
     xs, run = tiny.stream(cfg, 8, 20), tiny.runner(cfg, 20)
     dense, expected = xs.clone(), through(members, xs, run)
-    weights, kept = refit.refit_block(members, xs, dense, run, ridge=1e-9)
+    weights, kept = refitted(members, xs, dense, run, ridge=1e-9)
     assert torch.allclose(xs, expected, atol=1e-5) and torch.allclose(dense, expected)
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == cfg.block_shapes()
     assert kept["kv_heads"][dead] == [] and kept["channels"][dead] == []
@@ -189,19 +215,21 @@ def test_a_dead_block_merged_with_any_other_leaves_the_other(changes, dead):
 @pytest.mark.parametrize("changes", CHANGES)
 def test_the_refit_is_closer_to_the_dense_stream_than_the_paper_and_every_step_helps(changes):
     cfg = tiny.config(**changes)
-    members = [{name: tensor * (0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
-                for name, tensor in tiny.block(cfg, seed).items()} for seed in (0, 1)]
+    members = [tiny.block(cfg, seed) for seed in (0, 1)]
+    for member in members:
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            member[name] *= 0.5
     start, run = tiny.stream(cfg, 32, 25), tiny.runner(cfg, 25)
     target = through(members, start, run)
 
     def error(parts):
         xs = start.clone()
-        refit.refit_block(members, xs, start.clone(), run, parts=parts)
+        refitted(members, xs, start.clone(), run, parts=parts)
         return relative_error(xs, target, start)
-    paper = start.clone()
-    prune_block(flatten_blocks(members), paper, run, 10.0)
+    pruned = start.clone()
+    tiny.merge(members, pruned, run, *paper(run, 10.0))
     full = error(refit.PARTS)
-    assert full < relative_error(paper, target, start)
+    assert full < relative_error(pruned, target, start)
     for part in refit.PARTS:
         assert full < error(tuple(set(refit.PARTS) - {part})), part
 
@@ -217,7 +245,12 @@ def test_conjugate_gradients_reach_the_minimum_and_come_closer_with_every_step()
     assert all(after < before for before, after in itertools.pairwise(distances))
     assert distance(24) < 1e-12 * distances[0]
     assert distance(1, lambda left: torch.linalg.solve(H, left)) < 1e-12 * distances[0]
-    assert not regression.conjugate_gradients(torch.zeros_like(slope), lambda D: H @ D, lambda left: left, 3).any()
+
+
+def test_conjugate_gradients_stay_where_there_is_no_slope():
+    flat = torch.zeros(6, 4, dtype=torch.float64)
+    D = regression.conjugate_gradients(flat, lambda D: D, lambda left: left, 3)
+    assert not D.any()
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -225,9 +258,10 @@ def test_mixing_is_what_the_block_does_to_its_values_and_unmixing_its_adjoint(ch
     cfg = tiny.config(**changes)
     run, n = tiny.runner(cfg, 20), tiny.stream(cfg, 3, 20)
     block = run.block(tiny.block(cfg, 0))
+    attention, mlp = block.self_attn, block.mlp
     for mixing, proj, output in (
-            (refit.mix_heads(block.self_attn, n, run.rope), block.self_attn.v_proj, block.self_attn(n, run.rope)),
-            (refit.mix_channels(block.mlp, n), block.mlp.up_proj, block.mlp(n))):
+            (refit.mix_heads(attention, n, run.rope), attention.v_proj, attention(n, run.rope)),
+            (refit.mix_channels(mlp, n), mlp.up_proj, mlp(n))):
         mix, unmix, _ = mixing
         assert torch.allclose(mix(proj(n)), output)
         v, r = randn(*proj(n).shape, seed=1), randn(*n.shape, seed=2)
@@ -236,27 +270,31 @@ def test_mixing_is_what_the_block_does_to_its_values_and_unmixing_its_adjoint(ch
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", CHANGES)
-def test_own_curvature_is_what_errors_in_one_units_values_cost_if_they_differ_from_token_to_token(changes):
+def test_own_curvature_is_what_errors_in_one_units_values_cost_if_tokens_are_independent(changes):
+    """Every value of every token is set to one by itself, and what it adds is seen."""
     cfg, T, ridge = tiny.config(**changes), 7, 0.1
     run, n = tiny.runner(cfg, T), tiny.stream(cfg, 1, T)
     block = run.block(tiny.block(cfg, 0))
-    for (mix, _, overlaps), writes, units in (
-            (refit.mix_heads(block.self_attn, n, run.rope), block.self_attn.o_proj, cfg.num_key_value_heads),
-            (refit.mix_channels(block.mlp, n), block.mlp.down_proj, cfg.intermediate_size)):
-        width = cfg.head_dim if units == cfg.num_key_value_heads else 1
+    attention, mlp, KV = block.self_attn, block.mlp, cfg.num_key_value_heads
+    for (mix, _, overlaps), writes, units, width in (
+            (refit.mix_heads(attention, n, run.rope), attention.o_proj, KV, cfg.head_dim),
+            (refit.mix_channels(mlp, n), mlp.down_proj, cfg.intermediate_size, 1)):
         heads = writes.in_features // (units * width)
-        one_each = torch.eye(T * units * width, dtype=n.dtype).view(-1, 1, T, units * width)
-        added = torch.stack([mix(v).flatten() for v in one_each]).view(T, units, width, -1)  # token, unit, value -> outputs
+        one_each = eye(T * units * width).view(-1, 1, T, units * width)
+        added = torch.stack([mix(v).flatten() for v in one_each])
+        added = added.view(T, units, width, -1)                 # (token, unit, value, outputs)
         expected = torch.einsum("tudc,tuec->ude", added, added) / T
-        pull = ridge * expected.diagonal(dim1=1, dim2=2).mean() * torch.eye(width, dtype=n.dtype)
-        factor = refit.own_curvature(writes.weight, (overlaps()[0] / T).view(units, heads, heads), ridge)
+        pull = ridge * expected.diagonal(dim1=1, dim2=2).mean() * eye(width)
+        overlap = (overlaps()[0] / T).view(units, heads, heads)
+        factor = refit.own_curvature(writes.weight, overlap, ridge)
         assert torch.allclose(factor @ factor.mT, expected + pull)
 
 
 @pytest.mark.parametrize("changes", CHANGES)
 def test_enough_steps_find_the_optimal_values(changes):
-    """Against the least-squares solution of the whole problem, written out as one matrix; up to what the data determine."""
-    cfg = tiny.config(**{"num_attention_heads": 6, **changes, "hidden_size": 8, "intermediate_size": 6, "head_dim": 2})
+    """The least-squares solution of the whole problem, written out as one matrix, is no better."""
+    cfg = tiny.config(**{"num_attention_heads": 6, **changes, "hidden_size": 8,
+                         "intermediate_size": 6, "head_dim": 2})
     run, xs, norm = tiny.runner(cfg, 10), tiny.stream(cfg, 12, 10), torch.nn.Identity()
     block, target = run.block(tiny.block(cfg, 0)).requires_grad_(False), randn(12, 10, 8, seed=5)
     attention, mlp = block.self_attn, block.mlp
@@ -264,37 +302,39 @@ def test_enough_steps_find_the_optimal_values(changes):
             (attention.v_proj, attention.o_proj, lambda n: refit.mix_heads(attention, n, run.rope)),
             (mlp.up_proj, mlp.down_proj, lambda n: refit.mix_channels(mlp, n))):
         mix, _, _ = mixer(xs)
-        basis = torch.eye(proj.weight.numel(), dtype=torch.float64).view(-1, *proj.weight.shape)
+        basis = eye(proj.weight.numel()).view(-1, *proj.weight.shape)
         columns = torch.stack([mix(xs @ unit.T).flatten() for unit in basis], 1)
         missing = (target - mix(proj(xs))).flatten()
 
         def left(steps, proj=proj, writes=writes, mixer=mixer, mix=mix, missing=missing):
             W = refit.new_values(proj, writes, xs, target, norm, mixer, run, 1e-3, steps)
             return float((missing - mix(xs @ (W - proj.weight).T).flatten()).square().sum())
-        least = missing - columns @ torch.linalg.lstsq(columns, missing[:, None]).solution.flatten()
+        solution = torch.linalg.lstsq(columns, missing[:, None]).solution.flatten()
+        least = missing - columns @ solution
         assert left(300) == pytest.approx(float(least.square().sum()), rel=1e-6)
         assert left(300) < left(refit.VALUE_STEPS) < left(1) < float(missing.square().sum())
 
 
 @pytest.mark.parametrize("width", [2, 3])
 def test_only_the_channels_that_write_most_are_compared_in_full(width, monkeypatch):
-    """Half again as many as stay, however many blocks are joined; among them are all that stay."""
+    """They are half again as many as stay, however many blocks are joined."""
     cfg, sizes, run = tiny.config(), [], tiny.runner(tiny.config(), 20)
     members, xs = [tiny.block(cfg, seed) for seed in range(width)], tiny.stream(cfg, 8, 20)
-    full, parts, middle = regression.eliminate, ("eliminate",), xs.clone()
+    full, middle = regression.eliminate, xs.clone()
 
     def eliminate(V, P, keep):
         sizes.append((len(V), keep))
         return full(V, P, keep)
     monkeypatch.setattr(refit, "eliminate", eliminate)
-    weights, kept = refit.refit_block(members, xs, xs.clone(), run, parts=parts)
+    weights, kept = refitted(members, xs, xs.clone(), run, parts=("eliminate",))
     assert sizes == [(60, 40)]
     run.attend(weights, middle)  # what the channels read
     wide = flatten_blocks(members)
     block = run.block(wide)
     with torch.no_grad():
         psi = block.mlp.channels(block.post_attention_layernorm(middle))
-    writes = (psi.square().mean((0, 1)).sqrt() * wide["mlp.down_proj.weight"].norm(dim=0)).argsort(descending=True)[:60]
+    sizes = psi.square().mean((0, 1)).sqrt() * wide["mlp.down_proj.weight"].norm(dim=0)
+    writes = sizes.argsort(descending=True)[:60]
     stay = [member * 40 + i for member, channels in enumerate(kept["channels"]) for i in channels]
     assert len(stay) == 40 and set(stay) <= set(writes.tolist())
 
@@ -304,17 +344,18 @@ def test_only_the_channels_that_write_most_are_compared_in_full(width, monkeypat
 @pytest.mark.parametrize("width", [2, 3])
 def test_narrow_dtypes_stay_finite_with_large_activations_and_biases(changes, dtype, width):
     cfg = tiny.config(**changes)
-    scales = {"q_proj.bias": 100, "k_proj.bias": 100, "gate_proj.weight": 12, "up_proj.weight": 12, "down_proj.weight": 0.01}
-    members = [{name: tensor * next((scale for end, scale in scales.items() if name.endswith(end)), 1)
+    scales = {"self_attn.q_proj.bias": 100, "self_attn.k_proj.bias": 100,
+              "mlp.gate_proj.weight": 12, "mlp.up_proj.weight": 12, "mlp.down_proj.weight": 0.01}
+    members = [{name: tensor * scales.get(name, 1)
                 for name, tensor in tiny.block(cfg, seed).items()} for seed in range(width)]
     start, errors = tiny.stream(cfg, 16, 20), []
     for kind in (torch.float64, dtype):
-        run = tiny.runner(cfg, 20, kind)
-        blocks, xs = [{name: tensor.to(kind) for name, tensor in member.items()} for member in members], start.to(kind)
+        run, xs = tiny.runner(cfg, 20, kind), start.to(kind)
+        blocks = [{name: tensor.to(kind) for name, tensor in member.items()} for member in members]
         target = through(blocks, xs, run)
         for parts in (refit.PARTS, refit.QUICK):
             ys = xs.clone()
-            refit.refit_block(blocks, ys, xs.clone(), run, parts=parts)
+            refitted(blocks, ys, xs.clone(), run, parts=parts)
             errors.append(relative_error(ys, target, xs))
     assert errors[2:] == pytest.approx(errors[:2], rel=0.15)
 
@@ -322,50 +363,59 @@ def test_narrow_dtypes_stay_finite_with_large_activations_and_biases(changes, dt
 @pytest.mark.parametrize("parts", [refit.PARTS, refit.QUICK])
 def test_blocks_that_all_write_nothing_can_be_merged(parts):
     cfg = tiny.config()
-    dead = {name: tensor if "norm" in name else torch.zeros_like(tensor) for name, tensor in tiny.block(cfg, 0).items()}
+    dead = tiny.silent(tiny.block(cfg, 0))
     xs = tiny.stream(cfg, 4, 12)
     before = xs.clone()
-    refit.refit_block([dead, dead], xs, xs.clone(), tiny.runner(cfg, 12), parts=parts)
+    refitted([dead, dead], xs, xs.clone(), tiny.runner(cfg, 12), parts=parts)
     assert torch.allclose(xs, before)
 
 
 @pytest.mark.parametrize("parts", [refit.PARTS, refit.QUICK])
 def test_a_fit_that_the_stored_dtype_cannot_hold_is_refused_with_the_groups_name(parts):
     cfg = tiny.config()
-    members = [{name: tensor.half() for name, tensor in tiny.block(cfg, seed).items()} for seed in (0, 1)]
+    members = [{name: tensor.half() for name, tensor in tiny.block(cfg, seed).items()}
+               for seed in (0, 1)]
     xs = tiny.stream(cfg, 4, 12).float()
-    with pytest.raises(ValueError, match="blocks 3-4: NaN or infinity"):
-        refit.refit_block(members, xs, 1e9 * xs, tiny.runner(cfg, 12, torch.float32), "blocks 3-4", parts=parts)
+    with pytest.raises(ValueError, match=r"blocks \[0, 1\]: .*NaN or infinity"):
+        refitted(members, xs, 1e9 * xs, tiny.runner(cfg, 12, torch.float32), parts=parts)
 
 
-@pytest.mark.parametrize("n, tokens, expected", [(5, None, 5), (32, None, 32), (40, None, 32), (128, None, 32),
-                                                 (128, 999, 32), (128, 80, 8), (128, 89, 8), (5, 80, 5), (128, 3, 1)])
+@pytest.mark.parametrize("n, tokens, expected", [
+    (5, None, 5), (32, None, 32), (40, None, 32), (128, None, 32), (128, 999, 32), (128, 80, 8),
+    (128, 89, 8), (5, 80, 5), (128, 3, 1)])
 def test_few_windows_are_spread_over_all(n, tokens, expected):
-    found = refit.few(torch.arange(n)[:, None].expand(n, 10), tokens)[:, 0].tolist()
-    assert len(set(found)) == expected and found[0] == 0 and found[-1] >= n - -(-n // expected) - 1
+    """Of windows with 10 tokens each, few() takes 32, or those that hold `tokens`."""
+    chosen = refit.few(torch.arange(n)[:, None].expand(n, 10), tokens)[:, 0].tolist()
+    step = -(-n // expected)
+    assert len(set(chosen)) == expected and chosen[0] == 0 and chosen[-1] >= n - step - 1
 
 
 def test_products_are_means_over_tokens():
     cfg, xs = tiny.config(), tiny.stream(tiny.config(), 5, 12)
     run = tiny.runner(cfg, 12)
-    found, gram = regression.mean_products(run, [xs, 2 * xs], lambda a, b: [(a, b), (a, a)])
+    product, gram = regression.means(run, [xs, 2 * xs], lambda a, b: [(a, b), (a, a)])
     flat = xs.flatten(0, 1)
-    assert torch.allclose(found, 2 * flat.T @ flat / len(flat)) and torch.allclose(gram.tril(), found.tril() / 2)
+    expected = flat.T @ flat / len(flat)
+    assert torch.allclose(product, 2 * expected)
+    assert torch.allclose(gram.tril(), expected.tril())  # only its lower triangle is computed
 
 
 @pytest.mark.parametrize("merges", [1, 2, 3, 4])
 def test_least_damage_is_the_best_of_all_partitions(merges):
     L, rng = 6, torch.Generator().manual_seed(merges)
-    damage = {(i, j): float(torch.rand(1, generator=rng)) for i in range(L) for j in range(i + 1, min(i + 3, L))}
+    damage = {(i, j): float(torch.rand(1, generator=rng))
+              for i in range(L) for j in range(i + 1, min(i + 3, L))}
 
     def partitions():
         for cuts in itertools.combinations(range(1, L), L - merges - 1):
             yield [list(range(a, b)) for a, b in itertools.pairwise((0, *cuts, L))]
 
     def cost(groups):
-        return sum(damage.get((group[0], group[-1]), torch.inf) if len(group) > 1 else 0 for group in groups)
-    found = grouping.least_damage(damage, L, merges)
-    assert cost(found) == pytest.approx(min(map(cost, partitions()))) and len(found) == L - merges
+        return sum(damage.get((group[0], group[-1]), torch.inf)
+                   for group in groups if len(group) > 1)
+    groups = grouping.least_damage(damage, L, merges)
+    assert len(groups) == L - merges
+    assert cost(groups) == pytest.approx(min(map(cost, partitions())))
 
 
 def test_more_merges_than_the_tried_groups_allow_are_refused():
@@ -375,10 +425,13 @@ def test_more_merges_than_the_tried_groups_allow_are_refused():
 
 def test_divergence_is_the_kl_between_predictions():
     xs, ys = randn(2, 5, 4), randn(2, 5, 4, seed=1)
-    expected = F.kl_div(ys.log_softmax(-1), xs.log_softmax(-1), log_target=True, reduction="sum") / 10
-    found = grouping.divergence(lambda states: states, xs, ys, torch.device("cpu"))
-    assert found == pytest.approx(float(expected), rel=1e-5)
-    assert grouping.divergence(lambda states: states, xs, xs, torch.device("cpu")) == 0
+    log_p, log_q = xs.log_softmax(-1), ys.log_softmax(-1)
+    expected = float(F.kl_div(log_q, log_p, log_target=True, reduction="sum")) / 10  # tokens
+
+    def divergence(a, b):
+        return grouping.divergence(lambda states: states, a, b, torch.device("cpu"))
+    assert divergence(xs, ys) == pytest.approx(expected, rel=1e-5)
+    assert divergence(xs, xs) == 0
 
 
 @pytest.mark.parametrize("n, L", [(128, 24), (128, 32), (64, 24), (8, 5), (2, 80), (1, 5)])
@@ -391,35 +444,42 @@ def test_other_windows_judge_a_trial_merge_than_made_it(n, L):
 def test_long_groups_are_tried_where_their_parts_did_little_damage():
     pairs = {(0, 1): 1.0, (1, 2): 5.0, (2, 3): 1.0, (3, 4): 2.0, (4, 5): 9.0}
     assert grouping.candidates({}, 6, 2, 1) == list(pairs)
-    assert grouping.candidates(pairs, 6, 3, 3) == [(0, 2), (2, 4)]   # of 6, 6, 3 and 11 the two least
+    assert grouping.candidates(pairs, 6, 3, 3) == [(0, 2), (2, 4)]  # the two least of 6, 6, 3, 11
     assert grouping.candidates(pairs | {(0, 2): 1.0, (2, 4): 1.0}, 6, 4, 3) == []
     assert grouping.candidates(pairs, 2, 3, 1) == []
-    assert grouping.candidates(pairs, 6, 3, 4) == [(0, 2), (1, 3), (2, 4), (3, 5)]  # pairs make three merges at most
+    # pairs alone make three merges at most, so for four merges all triples are tried
+    assert grouping.candidates(pairs, 6, 3, 4) == [(0, 2), (1, 3), (2, 4), (3, 5)]
 
 
 def test_damage_is_that_of_the_model_with_one_merge():
+    """The trial merge keeps the first member, so it does no damage where the second is dead."""
     cfg = tiny.config(num_hidden_layers=4)
-    dead = {name: tensor if "norm" in name else torch.zeros_like(tensor) for name, tensor in tiny.block(cfg, 9).items()}
-    blocks = [tiny.block(cfg, 0), tiny.block(cfg, 1), dead, tiny.block(cfg, 3)]
+    blocks = [tiny.block(cfg, seed) for seed in range(4)]
+    blocks[2] = tiny.silent(blocks[2])
     source = Network(cfg, blocks, tiny.random_tensors(cfg.outer_shapes(), 99))
     tokens, run = torch.randint(300, (16, 12), generator=g.manual_seed(0)), tiny.runner(cfg, 12)
 
-    def first_member(members, xs, dense):
-        assert torch.equal(xs, dense)
-        return members[0]
-    found = grouping.damages(source, tokens, run, first_member, 2)
-    assert set(found) == {(0, 1), (1, 2), (2, 3), *grouping.candidates(found, 4, 3, 2)} and len(found) == 4
-    assert found[1, 2] == 0 and all(value > 0 for pair, value in found.items() if pair != (1, 2))
+    def first_member(dense):
+        def attention(members, xs):
+            assert torch.equal(xs, dense)
+            return members[0], {}
+        return attention, lambda block, xs: (block, {})
+    damage = grouping.damages(source, tokens, run, first_member, 2)
+    assert damage.pop((1, 2)) == 0 and all(value > 0 for value in damage.values())
+    triple = (0, 2) if damage[0, 1] < damage[2, 3] else (1, 3)  # whose other pair did less damage
+    assert damage.keys() == {(0, 1), (2, 3), triple}
 
 
 @pytest.mark.parametrize("group_by", ["similarity", "damage"])
-def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_file, tmp_path, cli, group_by):
-    run = ["--ckpt", ckpt, "--data", text_file, "--samples", 8, "--length", 32, "--ratio", 0.2, "--refit",
+def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_file, tmp_path, cli,
+                                                                    group_by):
+    run = ["--ckpt", ckpt, "--data", text_file, "--samples", 8, "--length", 32, "--ratio", 0.2,
            "--group-by", group_by]
     for name in ("a", "b"):
-        code, out, err = cli(flatten.main, *run, "--out", tmp_path / name)
+        code, out, err = cli(refit.main, *run, "--out", tmp_path / name)
         assert (code, err) == (0, "") and "refit" in out
-    assert all((tmp_path / "b" / path.name).read_bytes() == path.read_bytes() for path in (tmp_path / "a").iterdir())
+    for path in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
     transformers = pytest.importorskip("transformers")
     ids = torch.arange(20)[None]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
@@ -429,10 +489,11 @@ def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_f
 
 
 def test_groups_by_damage_are_at_most_three(ckpt, cli):
-    code, _, err = cli(flatten.main, "--ckpt", ckpt, "--group-by", "damage", "--max-group", 4)
+    code, _, err = cli(refit.main, "--ckpt", ckpt, "--group-by", "damage", "--max-group", 4)
     assert code == 2 and "at most 3" in err and err.count("\n") == 1
 
 
-def test_refit_and_keep_wide_exclude_each_other(ckpt, cli):
-    code, _, err = cli(flatten.main, "--ckpt", ckpt, "--refit", "--keep-wide")
-    assert code == 2 and "--keep-wide" in err and err.count("\n") == 1
+@pytest.mark.parametrize("option", [["--refit"], ["--group-by=damage"], ["--group-by", "damage"]])
+def test_flatten_names_the_command_to_which_its_old_options_moved(ckpt, cli, option):
+    code, _, err = cli(flatten.main, "--ckpt", ckpt, *option)
+    assert code == 2 and "python -m beyond.refit" in err and err.count("\n") == 1

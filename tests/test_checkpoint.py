@@ -371,6 +371,17 @@ def test_the_tokenizer_of_a_result_reads_alike_in_transformers(tmp_path, make):
     assert ours.encode("a")[0] == load_tokenizer(source.path).encode("a")[0] == theirs.bos_token_id
 
 
+@pytest.mark.parametrize("make", [lambda folder: tiny.checkpoint(folder), llama_kind, real_llama2])
+def test_a_result_is_read_with_the_ids_of_its_source(tmp_path, make):
+    """Also where sentencepiece normalizes in a way of its own, as the tiny model does."""
+    source = Checkpoint(make(tmp_path / "m"))
+    copy(source, tmp_path / "out")
+    before, after = load_tokenizer(source.path), load_tokenizer(tmp_path / "out")
+    for text in ("kabe fonad", " one space", "   three  and  more ", "\n a line\nand\n\nmore\n", "a</s>b  c", "é😀\t\x00"):
+        assert before.encode(text) == after.encode(text), text
+        assert before.decode(before.encode(text)) == after.decode(after.encode(text))
+
+
 def test_a_tokenizers_own_settings_are_left_as_they_are(ckpt, tmp_path):
     for name, given in (("tokenizer_config.json", '{"add_bos_token":  false}'), ("tokenizer.json", '{"model": {}}')):
         (ckpt / name).write_text(given)

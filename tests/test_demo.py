@@ -3,11 +3,13 @@ import math
 
 import torch
 
-import calibrate
-from baselines.network import whole
+from calibrate import calibration_tokens
 from checkpoint.reader import Checkpoint
-from demo.tour import BUNDLED, variants
+from compare.network import whole
+from demo.tour import variants
 from evaluate import losses, windows_of
+from flatten import BUNDLED
+from model import Runner
 from text.stdlib import text
 from text.tokenizer import load_tokenizer
 
@@ -15,8 +17,8 @@ from text.tokenizer import load_tokenizer
 def test_joining_blocks_costs_less_than_pruning_them_and_that_less_than_dropping():
     source, tokenizer = Checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     ids, judged = (torch.tensor(tokenizer.encode(text(evaluation))) for evaluation in (False, True))
-    tokens = calibrate.calibration_tokens(ids, 32, 256, seed=0)
-    runner = calibrate.Runner(source, 256, "cpu", torch.float32)
+    tokens = calibration_tokens(ids, 32, 256, seed=0)
+    runner = Runner(source.config, 256, "cpu", torch.float32)
     _, models = variants(source, 0.2, None, 10.0, tokens, runner)
     windows = windows_of(judged, 256)[::8]
     dense, dropped, wide, selected, pruned = (

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from exercises.exercises import EXERCISES, ROOT, get_body, set_body
-from exercises.grade import main as grade_main
-from exercises.handout import handout
+from course.exercises import EXERCISES, ROOT, get_body, set_body
+from course.grade import main as grade_main
+from course.handout import handout
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_graded_test_passes_when_the_bodies_are_put_back(student, tmp_path
 
 
 def test_the_handout_holds_no_solution_and_no_history(student):
-    assert not (student / ".git").exists() and (student / "EXERCISES.md").exists()
+    assert not (student / ".git").exists() and (student / "course" / "EXERCISES.md").exists()
     everything = "\n".join(path.read_text() for path in student.rglob("*.py"))
     for exercise in EXERCISES:
         body = get_body((ROOT / exercise.file).read_text(), exercise.function)
@@ -78,7 +78,7 @@ def test_the_handout_overwrites_nothing(tmp_path):
 
 
 def test_the_text_names_every_exercise_its_function_and_its_tests():
-    text = (ROOT / "EXERCISES.md").read_text()
+    text = (ROOT / "course" / "EXERCISES.md").read_text()
     for exercise in EXERCISES:
         section = re.search(rf"^## {exercise.number}\. .*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL).group(0)
         assert f"`{exercise.function}`" in section and exercise.file in section

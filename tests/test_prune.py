@@ -4,7 +4,8 @@ import tiny
 import torch
 from torch.testing import assert_close
 
-from flatten import flatten_blocks
+from evaluate import relative_error
+from flatten import flatten_blocks, paper, selection
 from model import Block
 from prune import (
     absolute_ridge,
@@ -15,11 +16,9 @@ from prune import (
     keep_kv_heads,
     nystrom_down,
     prune_attention,
-    prune_block,
     prune_mlp,
     query_heads_of,
     regularized_cholesky,
-    relative_error,
     ridge_leverage,
 )
 
@@ -238,14 +237,14 @@ def test_a_dead_block_merged_with_any_other_leaves_the_other(order, family):
     blocks = [live, dead(tiny.block(cfg, 1))][::1 - 2 * order]
     expected, got = xs.clone(), xs.clone()
     run.run_block(live, expected)
-    pruned, _, kept = prune_block(flatten_blocks(blocks), got, run, ridge=10.0)
+    pruned, kept = tiny.merge(blocks, got, run, *paper(run, ridge=10.0))
     assert_close(got, expected)
     assert kept["channels"][order] == list(range(cfg.intermediate_size)) and kept["channels"][1 - order] == []
     assert {name: tuple(t.shape) for name, t in pruned.items()} == cfg.block_shapes()
 
 
 def written_out(wide, xs, cfg, ridge):
-    """prune_block's equations, computed from its weights without any of its functions (biases on q, k, v)."""
+    """The equations of pruning, computed from its weights without any of its functions (biases on q, k, v)."""
     H, KV, D, n = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.intermediate_size
     g, T = H // KV, xs.shape[1]
     def norm(x, weight):
@@ -287,7 +286,9 @@ def test_pruning_a_block_follows_its_equations(ridge):
     blocks[1] = {name: t * 1.5 if "o_proj" in name or "up_proj" in name else t for name, t in blocks[1].items()}
     wide = flatten_blocks(blocks)
     groups, kept, lam, K, down, expected = written_out(wide, xs, cfg, ridge)
-    pruned, selected, found = prune_block(wide, xs, tiny.runner(cfg, 30), ridge)
+    run = tiny.runner(cfg, 30)
+    pruned, found = tiny.merge(blocks, xs, run, *paper(run, ridge))
+    selected = selection(wide, found, cfg)
     assert found["head_scores"] == pytest.approx(groups, rel=1e-6) and found["ridge"] == pytest.approx(lam)
     assert found["kv_heads"] == by_member(torch.tensor(kept), 2, 3)
     assert found["channels"] == by_member(torch.tensor(K), 40, 3)
@@ -302,7 +303,9 @@ def test_pruning_leaves_the_stream_that_the_pruned_block_makes(members):
     cfg = tiny.config()
     run, xs = tiny.runner(cfg, 12), tiny.stream(cfg)
     got, expected = xs.clone(), xs.clone()
-    pruned, selected, kept = prune_block(flatten_blocks([tiny.block(cfg, i) for i in range(members)]), got, run, 10.0)
+    blocks = [tiny.block(cfg, i) for i in range(members)]
+    pruned, kept = tiny.merge(blocks, got, run, *paper(run, 10.0))
+    selected = selection(flatten_blocks(blocks), kept, cfg)
     run.run_block(pruned, expected)
     assert torch.equal(got, expected)
     assert all(torch.equal(pruned[name], selected[name]) for name in pruned if "down" not in name)
@@ -315,7 +318,8 @@ def test_a_small_ridge_repairs_the_mlp_on_its_calibration_text():
     run, xs = tiny.runner(cfg, 40), tiny.stream(cfg, n=6, length=40)
     wide = flatten_blocks([tiny.block(cfg, i) for i in range(2)])
     got = xs.clone()
-    _, selected, _ = prune_block(wide, got, run, 1e-6)
+    _, kept = tiny.merge([wide], got, run, *paper(run, 1e-6))
+    selected = selection(wide, kept, cfg)
     target, plain = xs.clone(), xs.clone()
     run.run_block(prune_mlp(selected, torch.arange(cfg.intermediate_size), selected["mlp.down_proj.weight"]), plain)
     kept_attention = {**wide, **{name: selected[name] for name in selected if "attn" in name}}
@@ -333,5 +337,6 @@ def test_nan_in_statistics_is_an_error():
     cfg = tiny.config()
     wide = flatten_blocks([tiny.block(cfg, i) for i in range(2)])
     wide["mlp.up_proj.weight"][3, 3] = float("nan")
+    run = tiny.runner(cfg, 12)
     with pytest.raises(ValueError, match="NaN"):
-        prune_block(wide, tiny.stream(cfg), tiny.runner(cfg, 12), 10.0)
+        tiny.merge([wide], tiny.stream(cfg), run, *paper(run, 10.0))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from demo.walkthrough import CELL, DOCUMENT, VERSION, execute
+from course.walkthrough import CELL, DOCUMENT, VERSION, execute
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 

@@ -8,9 +8,10 @@ import torch
 
 import evaluate
 from checkpoint.reader import Checkpoint
+from compare import zeroshot
+from compare.tasks import TASKS, Item, items
+from compare.zeroshot import accuracies, encode_pair, log_likelihoods, right_losses
 from text.tokenizer import load_tokenizer
-from zeroshot.score import accuracies, encode_pair, log_likelihoods, right_losses
-from zeroshot.tasks import TASKS, Item, items
 
 ROWS = {  # one made-up question a task, in its published form; and what the harness would ask
     "piqa": ({"goal": "Dry a cup", "sol1": "Use a towel.", "sol2": "Use a lake."},
@@ -141,7 +142,7 @@ def test_the_header_says_which_bos_was_used_and_scores_follow_it(tmp_path, cli):
     losses = {}
     for bos, said in (("own", "BOS in front for tiny (--bos own)"), ("never", "no BOS in front (--bos never)"),
                       (None, "BOS in front for tiny (--bos own)")):
-        code, out, err = cli(evaluate.main, "--ckpt", folder, "--tasks", "openbookqa", "--data", tmp_path,
+        code, out, err = cli(zeroshot.main, "--ckpt", folder, "--tasks", "openbookqa", "--data", tmp_path,
                              *(["--bos", bos] if bos else []))
         assert (code, err) == (0, "") and said in out.splitlines()[0]
         losses[bos] = out.splitlines()[-1].split("|")[7]
@@ -163,8 +164,7 @@ def plain_loop(folder, pairs, longest):
 
 def test_log_likelihoods_equal_a_plain_loop(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    import zeroshot.score
-    monkeypatch.setattr(zeroshot.score, "CHUNK", 200)  # several parts
+    monkeypatch.setattr(zeroshot, "CHUNK", 200)  # several parts
     folder = tiny.checkpoint(tmp_path / "tiny", max_position_embeddings=24)
     g = torch.Generator().manual_seed(0)
     pairs = [tuple(torch.randint(300, (int(n),), generator=g).tolist() for n in torch.randint(1, 30, (2,), generator=g))
@@ -206,7 +206,7 @@ def test_a_random_model_scores_at_chance(tmp_path, cli):
     def phrase():
         return " ".join(words[int(i)] for i in torch.randint(len(words), (4,), generator=rng))
     write(tmp_path, "piqa", [{"goal": phrase(), "sol1": phrase(), "sol2": phrase()} for _ in range(300)])
-    code, out, err = cli(evaluate.main, "--ckpt", tiny.checkpoint(tmp_path / "tiny"), "--tasks", "piqa", "--data", tmp_path)
+    code, out, err = cli(zeroshot.main, "--ckpt", tiny.checkpoint(tmp_path / "tiny"), "--tasks", "piqa", "--data", tmp_path)
     assert (code, err) == (0, "")
     cells = [cell.split("±") for cell in out.splitlines()[-1].split("|")[4:6]]
     for mean, error in cells:
@@ -221,7 +221,7 @@ def test_the_average_of_five_names_its_metrics(tmp_path, cli):
     (tmp_path / "arc" / "ARC-Challenge-Test.jsonl").write_text((tmp_path / "arc" / FILES["arc_easy"]).read_text())
     folder = tiny.checkpoint(tmp_path / "tiny")
     names = "piqa,winogrande,hellaswag,arc_easy,arc_challenge"
-    code, out, err = cli(evaluate.main, "--ckpt", folder, "--tasks", names, "--data", tmp_path, "--limit", 2)
+    code, out, err = cli(zeroshot.main, "--ckpt", folder, "--tasks", names, "--data", tmp_path, "--limit", 2)
     assert (code, err) == (0, "") and "average of five" in out and "SUBSET: the first 2 questions" in out
     quoted = [float(line.split("|")[{"acc": 4, "acc_norm": 5}[line.split("|")[6].strip()]].split("±")[0])
               for line in out.splitlines()[3:8]]
@@ -230,10 +230,10 @@ def test_the_average_of_five_names_its_metrics(tmp_path, cli):
 
 @pytest.mark.parametrize("options, message", [
     (["--tasks", "piqa,nonsense"], "unknown 'nonsense'"), (["--tasks", "piqa"], "it comes from https://yonatanbisk.com"),
-    (["--tasks", "boolq", "--limit", "0"], "--limit must be at least 1"), (["--limit", "3"], "--limit is for --tasks"),
-    (["--tasks", "boolq", "--stream"], "for perplexity"), (["--bos", "never"], "--bos is for --tasks")])
+    (["--tasks", "boolq", "--limit", "0"], "--limit must be at least 1"), (["--limit", "3"], "required: --tasks"),
+    (["--tasks", "boolq", "--bos", "always"], "invalid choice")])
 def test_mistakes_are_one_line(options, message, tmp_path, ckpt, cli):
-    code, _, err = cli(evaluate.main, "--ckpt", ckpt, "--data", tmp_path, *options)
+    code, _, err = cli(zeroshot.main, "--ckpt", ckpt, "--data", tmp_path, *options)
     assert code == 2 and message in err and err.count("\n") == 1
 
 
@@ -243,3 +243,8 @@ def test_a_malformed_question_is_named_by_file_and_line(task, tmp_path):
         path = write(tmp_path, task, [ROWS[task][0], broken])
         with pytest.raises(ValueError, match=f"{path.name} line 2 is not a {task} question"):
             items(task, tmp_path)
+
+
+def test_evaluate_names_the_command_to_which_tasks_moved(ckpt, tmp_path, cli):
+    code, _, err = cli(evaluate.main, "--ckpt", ckpt, "--tasks", "piqa", "--data", tmp_path)
+    assert code == 2 and "python -m compare.zeroshot" in err and err.count("\n") == 1

@@ -1,87 +1,140 @@
-"""Small things to test on: float64 blocks with GQA, biases and unequal norms; checkpoints; text and a tokenizer for it."""
+"""Small things to test on.
+
+Float64 blocks with GQA, biases and unequal norms; checkpoints; text, and a tokenizer for it.
+"""
 import functools
 import io
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from calibrate import Runner
 from checkpoint.config import Config
+from flatten import merge_groups
+from model import Runner
 
-DATA = Path(__file__).parents[2] / "shared" / "data"  # real inputs, where a developer has them
+ROOT = Path(__file__).parents[1]
+# optional real inputs, in wikitext-2-raw/, tokenizers/, models/ and zeroshot/; tests skip without
+DATA = Path(os.environ.get("FLATTENGPT_DATA", ROOT / "data"))
 
-RAW = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 300, "hidden_size": 32,
-       "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
-       "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-       "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32"}
+RAW = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 300,
+       "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 5,
+       "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6,
+       "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+       "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+       "torch_dtype": "float32"}
 
 
 def config(**changes) -> Config:
+    """Return the config of a tiny Qwen2, with changes."""
     return Config.parse(RAW | changes)
 
 
 def random_tensors(shapes: dict, seed: int, dtype=torch.float64) -> dict:
-    """Normal weights; norm weights between 0.5 and 1.5, so that forgetting one is seen."""
+    """Return normal weights; norm weights are between 0.5 and 1.5: forgetting one is seen."""
     g = torch.Generator().manual_seed(seed)
-    return {name: ((torch.rand(shape, generator=g, dtype=torch.float64) + 0.5) if "norm" in name else
-                   torch.randn(shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
-            for name, shape in shapes.items()}
+
+    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+        if "norm" in name:
+            return torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
+        return torch.randn(shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5
+    return {name: tensor(name, shape).to(dtype) for name, shape in shapes.items()}
 
 
 def block(cfg: Config, seed: int, width: int = 1) -> dict:
+    """Return the random weights of a block, as wide as `width` ordinary ones."""
     return random_tensors(cfg.block_shapes(width), seed)
 
 
-class FakeSource:
-    """What Runner needs of a checkpoint."""
-    def __init__(self, cfg: Config):
-        self.config = cfg
+def silent(weights: dict) -> dict:
+    """Return the block with all weights zero except norms: it adds nothing to the stream."""
+    return {name: tensor if "norm" in name else torch.zeros_like(tensor)
+            for name, tensor in weights.items()}
+
+
+class Blocks:
+    """What merge_groups reads of a checkpoint."""
+
+    def __init__(self, blocks: list[dict]):
+        self.block = blocks.__getitem__
+
+
+def merge(blocks: list[dict], xs: Tensor, run: Runner, attention: Callable,
+          mlp: Callable) -> tuple[dict, dict]:
+    """Merge all of these blocks as one group; xs passes through the merged block.
+
+    Returns the block and what was kept of its members.
+    """
+    groups = [list(range(len(blocks)))]
+    return next(merge_groups(Blocks(blocks), groups, xs, run, attention, mlp))
 
 
 def runner(cfg: Config, length: int, dtype=torch.float64) -> Runner:
-    return Runner(FakeSource(cfg), length, "cpu", dtype)
+    """Return a Runner on the CPU."""
+    return Runner(cfg, length, "cpu", dtype)
 
 
-def stream(cfg: Config, n: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, length, cfg.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def stream(cfg: Config, n: int = 4, length: int = 12, seed: int = 0) -> Tensor:
+    """Return random streams (n, length, C)."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, length, cfg.hidden_size, generator=g, dtype=torch.float64)
 
 
 @functools.cache
 def text(words: int = 6000) -> str:
+    """Return lines of words that nobody knows."""
     rng = random.Random(0)
-    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(150)]
+    letters = "abcdefghijklmnop"
+    vocabulary = ["".join(rng.choices(letters, k=rng.randint(2, 7))) for _ in range(150)]
     lines = [" ".join(rng.choices(vocabulary, k=rng.randint(3, 20))) for _ in range(words // 12)]
     return "\n".join(lines) + "\n"
 
 
 @functools.cache
 def tokenizer_model() -> bytes:
+    """Return a sentencepiece model of 300 pieces for that text."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text().split("\n")), model_writer=model, vocab_size=300,
-                                             model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text().split("\n")), model_writer=model, vocab_size=300,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
     return model.getvalue()
 
 
 def checkpoint(folder: Path, seed: int = 0, dtype=torch.float32, **changes) -> Path:
-    """A random checkpoint in one file, with a tokenizer."""
+    """Write a random checkpoint in one file, with a tokenizer. Returns the folder."""
     folder.mkdir(parents=True)
     raw = RAW | changes
     cfg = Config.parse(raw)
-    shapes = cfg.outer_shapes() | {f"model.layers.{i}.{name}": shape for i in range(cfg.num_hidden_layers)
-                                   for name, shape in cfg.block_shapes().items()}
-    save_file(random_tensors(shapes, seed, dtype), folder / "model.safetensors", {"format": "pt"})
+    shapes = cfg.outer_shapes()
+    for i in range(cfg.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in cfg.block_shapes().items()}
+    tensors = random_tensors(shapes, seed, dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "tokenizer.model").write_bytes(tokenizer_model())
     return folder
 
 
+def change_tensors(path: Path, change: Callable[[dict], None]) -> None:
+    """Let a function change the tensors of a checkpoint in place."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
 def hub_cache(path: Path, root: Path) -> Path:
-    """Move a checkpoint into a hub cache, whose files are links into a folder of blobs named by their hashes."""
-    blobs, snapshot = root / "models--org--Tiny-1B" / "blobs", root / "models--org--Tiny-1B" / "snapshots" / "0f3c"
+    """Move a checkpoint into a hub cache. Returns the folder that a user would give.
+
+    Files there are links into a folder of blobs that are named by their hashes.
+    """
+    blobs = root / "models--org--Tiny-1B" / "blobs"
+    snapshot = root / "models--org--Tiny-1B" / "snapshots" / "0f3c"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, file in enumerate(sorted(path.iterdir())):

@@ -99,8 +99,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def from_sentencepiece(path: Path, data: bytes, settings: dict) -> Tokenizer:
     """LLaMA 1/2, Mistral, TinyLlama: `data` is a sentencepiece model, in its protobuf form.
 
-    Where only tokenizer.model is there, it decides: sentencepiece puts its own space in front of a
-    text, and BOS is added if the model has one. Other files decide as they do in transformers.
+    Where only tokenizer.model is there, it decides: sentencepiece normalizes a text in its own way,
+    and BOS is added if the model has one. Other files decide as they do in transformers. The two
+    agree on LLaMA's models, and a text that starts with a space gets no second one in either.
     """
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -122,7 +123,9 @@ def from_sentencepiece(path: Path, data: bytes, settings: dict) -> Tokenizer:
         and pieces.get(token.id) == text and sum(text in piece for piece in pieces.values()) == 1)}
     space = space_in_front(settings)
     if space == "model":
-        space = "once" if model.encode("x") != spaceless.encode("x") else "never"
+        in_front = model.encode("x") != spaceless.encode("x")
+        plain = model.encode("x  y") == spaceless.encode("▁x  y")  # no normalizing of its own
+        space = "first" if plain else "once" if in_front else "never"
 
     def encode(text: str, is_first: bool) -> list[int]:
         if space == "once":
@@ -144,12 +147,12 @@ def from_sentencepiece(path: Path, data: bytes, settings: dict) -> Tokenizer:
 def space_in_front(settings: dict) -> str:
     """Where sentencepiece's text gets a space in front, by the files beside the model.
 
-    "model": as the model file says, there are no others. "first", "always": the text, or every
+    "model": as the model file says: there are no others, or they leave it to the model. "first", "always": the text, or every
     text between added tokens, unless it starts with a space. "never". "everywhere", "nowhere": a
     normalizer of tokenizer.json does it, before tokens marked `normalized` are looked for.
     """
     config, data = settings["tokenizer_config"], settings["tokenizer"]
-    if not config and not data:
+    if (not config and not data) or config.get("sentencepiece_normalizes"):
         return "model"
     generic = transformers_class(settings) != "LlamaTokenizer"
     if generic and (data.get("model") or {}).get("byte_fallback"):

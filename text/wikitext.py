@@ -1,4 +1,4 @@
-"""WikiText-2 and other text: found, fetched once if need be, and joined exactly as the field joins it."""
+"""WikiText-2 and other text: found, or fetched once, and joined exactly as the field joins it."""
 import hashlib
 import lzma
 import os
@@ -12,40 +12,46 @@ from pathlib import Path
 from text import stdlib
 
 # The official archive, in a copy pinned to one commit (its first home is gone). Text: CC BY-SA 3.0.
-URL = ("https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/"
-       "wikitext-2-raw-v1.zip")
+URL = ("https://huggingface.co/datasets/ggml-org/ci/resolve/"
+       "927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip")
 ZIP_NAME, ZIP_BYTES = "wikitext-2-raw-v1.zip", 4_721_645
 ZIP_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
 TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-LIMIT = 2**30  # bytes of one text
+MOST_TEXT_BYTES = 2**30
 PYTHON = "python"  # --data python: the text that the bundled checkpoint was trained on
 HELD_OUT = 0.1  # share of a plain text file, at its end, that calibration never sees
 
 
-def calibration_text(data: str | None) -> tuple[str, str]:
-    """(text, what it is) to calibrate on: WikiText-2 train, else validation; of another file, its first nine tenths.
+# ---- which text: each function returns it, and its name
 
-    `data` is a folder, a .raw/.txt file, the official zip, "python", or None for the cached or downloaded zip.
+def calibration_text(data: str | None) -> tuple[str, str]:
+    """Read a text to calibrate on: WikiText-2's training split, or else its validation split.
+
+    Of another file it is the first nine tenths. `data` is a folder, a .raw or .txt file, the
+    official zip, "python", or None for the zip in the cache, downloaded first if need be.
     ValueError for the test split: a model tuned on it proves nothing.
     """
     if data == PYTHON:
         return stdlib.text(evaluation=False), "Python's library"
     path = source(data)
     if path.is_dir() or zipfile.is_zipfile(path):
-        for split in ("train", "valid"):
+        for split, name in (("train", "train"), ("valid", "validation")):
             if (raw := read_split(path, split)) is not None:
-                return join_rows(raw), f"WikiText-2 {'train' if split == 'train' else 'validation'}"
+                return join_rows(raw), f"WikiText-2 {name}"
         raise ValueError(f"{path} holds neither wiki.train.raw nor wiki.valid.raw to calibrate on")
     raw = read(path)
     if hashlib.sha256(raw).hexdigest() == TEST_SHA256:
-        raise ValueError(f"{path} is WikiText-2's test split, which calibration must not see; give the folder with "
-                         "wiki.train.raw or wiki.valid.raw")
+        raise ValueError(f"{path} is WikiText-2's test split, which calibration must not see; "
+                         "give the folder with wiki.train.raw or wiki.valid.raw")
     text = plain_text(path, raw)
     return text[:cut(text)], f"{path.name}, first {1 - HELD_OUT:.0%}"
 
 
 def held_out_text(data: str | None) -> tuple[str, str]:
-    """(text, what it is) to judge a compressed model on: WikiText-2 test; of another file, the last tenth."""
+    """Read a text to judge a compressed model on: WikiText-2's test split.
+
+    Of another file it is the last tenth.
+    """
     path = source(data) if data != PYTHON else None
     if path is None or path.is_dir() or zipfile.is_zipfile(path):
         return evaluation_text(data)
@@ -54,7 +60,7 @@ def held_out_text(data: str | None) -> tuple[str, str]:
 
 
 def evaluation_text(data: str | None) -> tuple[str, str]:
-    """(text, what it is) to evaluate on: WikiText-2 test from a folder or zip; another file as a whole."""
+    """Read a text to evaluate on: WikiText-2's test split from a folder or zip, or a whole file."""
     if data == PYTHON:
         return stdlib.text(evaluation=True), "Python's library, held-out modules"
     path = source(data)
@@ -68,12 +74,18 @@ def evaluation_text(data: str | None) -> tuple[str, str]:
 
 
 def cut(text: str) -> int:
-    """Where the held-out end of a text begins: at a line break."""
-    return text.find("\n", int(len(text) * (1 - HELD_OUT))) + 1 or int(len(text) * (1 - HELD_OUT))
+    """Find where the held-out end of a text begins: at a line break, if there is one."""
+    start = int(len(text) * (1 - HELD_OUT))
+    return text.find("\n", start) + 1 or start
 
+
+# ---- from bytes to text
 
 def join_rows(raw: bytes) -> str:
-    r"""WikiText's lines as the field's code joins its rows: rows keep their "\n", blank ones are "", "\n\n" between."""
+    r"""Join WikiText's lines as the field's code joins its rows, with "\n\n" between them.
+
+    A row keeps its "\n" at the end. A blank row is "".
+    """
     rows = decode(raw).split("\n")
     rows = [row + "\n" for row in rows[:-1]] + rows[-1:]
     rows = rows if rows[-1] else rows[:-1]
@@ -81,73 +93,87 @@ def join_rows(raw: bytes) -> str:
 
 
 def plain_text(path: Path, raw: bytes) -> str:
-    """A text file's content; WikiText, known by its .raw name or by how it begins, is joined row by row."""
+    """Decode a text file. WikiText, known by its name (.raw) or how it begins, is joined by row."""
     is_wikitext = path.suffix == ".raw" or re.match(rb"\s*\n = [^\n]* = \n", raw[:1000])
     return join_rows(raw) if is_wikitext else decode(raw)
 
 
 def decode(raw: bytes) -> str:
-    """UTF-8 with line ends as \\n."""
+    """Decode UTF-8, with line ends as \\n."""
     return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
+# ---- from files to bytes
+
 def read(path: Path) -> bytes:
-    """A UTF-8 file's bytes; ValueError if it is empty, too large or not UTF-8."""
-    if path.stat().st_size > LIMIT:
-        raise ValueError(f"{path} is larger than {LIMIT >> 30} GB; give a part of it")
+    """Read the bytes of a UTF-8 file. ValueError if it is empty, too large or not UTF-8."""
+    if path.stat().st_size > MOST_TEXT_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_TEXT_BYTES >> 30} GB; give a part of it")
     return checked(path.read_bytes(), path)
 
 
 def checked(raw: bytes, path: Path) -> bytes:
-    """The same bytes, if they are text."""
+    """Return the bytes if they are text. ValueError if they are blank or not UTF-8."""
     try:
-        text = raw.decode("utf-8")
+        blank = not raw.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not text.strip():
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path} is not UTF-8 text ({where})") from None
+    if blank:
         raise ValueError(f"{path} holds no text")
     return raw
 
 
 def read_split(path: Path, split: str) -> bytes | None:
-    """wiki.<split>.raw (or .txt) in a folder, in a wikitext-2-raw folder inside it, or in the zip; None if absent."""
-    names = [f"{folder}wiki.{split}.{end}" for folder in ("", "wikitext-2-raw/") for end in ("raw", "txt")]
+    """Read wiki.<split>.raw or .txt from a folder or a zip. None if it is not there.
+
+    It may lie in a folder wikitext-2-raw inside, or in the zip inside the folder.
+    """
+    names = [f"{folder}wiki.{split}.{end}" for folder in ("", "wikitext-2-raw/")
+             for end in ("raw", "txt")]
     if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found and (path / ZIP_NAME).is_file():
-            return read_split(path / ZIP_NAME, split)
-        return read(found[0]) if found else None
+        for name in names:
+            if (path / name).is_file():
+                return read(path / name)
+        return read_split(path / ZIP_NAME, split) if (path / ZIP_NAME).is_file() else None
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in (archive.getinfo(name) for name in names if name in archive.namelist()):
-                if info.file_size > LIMIT:
-                    raise ValueError(f"{path}: {info.filename} unpacks to more than {LIMIT >> 30} GB")
+            present = set(archive.namelist())
+            for info in (archive.getinfo(name) for name in names if name in present):
+                if info.file_size > MOST_TEXT_BYTES:
+                    raise ValueError(f"{path}: {info.filename} unpacks to more than "
+                                     f"{MOST_TEXT_BYTES >> 30} GB")
                 return checked(archive.read(info), path / info.filename)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
+            OSError) as error:
         raise ValueError(f"{path} is a damaged zip file ({error}); download it again") from None
     return None
 
 
 def source(data: str | None) -> Path:
-    """The folder, file or zip to read; without `data` the cached zip, downloaded first if it is not there yet."""
+    """Find the folder, file or zip to read. Without `data` it is the zip in the cache.
+
+    That is downloaded if it is not there yet.
+    """
     if data is not None:
         if not Path(data).exists():
-            raise ValueError(f"--data {data}: no such file or folder; expected a folder with wiki.*.raw, a text file, "
-                             f"or {ZIP_NAME}")
+            raise ValueError(f"--data {data}: no such file or folder; expected a folder with "
+                             f"wiki.*.raw, a text file, or {ZIP_NAME}")
         return Path(data)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flattengpt"
     path = cache / ZIP_NAME
     if not path.is_file():
+        url = os.environ.get("FLATTENGPT_WIKITEXT_URL", URL)
         try:
-            download(os.environ.get("FLATTENGPT_WIKITEXT_URL", URL), path, ZIP_BYTES, ZIP_SHA256)
+            download(url, path, ZIP_BYTES, ZIP_SHA256)
         except OSError as error:
-            raise ValueError(f"WikiText-2 could not be downloaded ({error}); put {ZIP_NAME} (from {URL}) at {path}, or "
-                             "give a text with --data") from None
+            raise ValueError(f"WikiText-2 could not be downloaded ({error}); put {ZIP_NAME} "
+                             f"(from {URL}) at {path}, or give a text with --data") from None
     return path
 
 
 def download(url: str, path: Path, size: int, sha256: str) -> None:
-    """Fetch a file of known size and SHA-256; it appears at `path` complete and verified, or not at all.
+    """Fetch a file of known size and SHA-256. It appears complete and verified, or not at all.
 
     ValueError if the content differs, OSError if it cannot be fetched or stored.
     """
@@ -155,8 +181,8 @@ def download(url: str, path: Path, size: int, sha256: str) -> None:
     with urllib.request.urlopen(url, timeout=30) as response:
         data = response.read(size + 1)
     if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{url} is not the expected file ({len(data)} bytes, {size} expected, or another SHA-256); "
-                         f"put the right one at {path}")
+        raise ValueError(f"{url} is not the expected file ({len(data)} bytes, {size} expected, or "
+                         f"another SHA-256); put the right one at {path}")
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
             file.write(data)

@@ -1,0 +1,15 @@
+"""The other ways to make a model smaller: one function each, on the same model, text and evaluator.
+
+    network.py      a model in memory, and the calibration text with a count of its passes
+    dropping.py     blocks, or halves of blocks, are left out
+    merging.py      several blocks become one
+    width.py        every block gets narrower
+    flattened.py    FlattenGPT and its ablations
+    methods.py      the list of all methods
+    harness.py      python -m compare: all methods side by side, into tables like those in results/
+    zeroshot.py     python -m compare.zeroshot: multiple-choice questions
+    tasks.py        how those questions are read and worded
+    speed.py        python -m compare.speed: how fast the result reads and writes
+    cost.py         python -m compare.cost: what flattening takes, next to transformers
+    refit_cost.py   python -m compare.refit_cost: what the fit takes, next to the paper's pruning
+"""

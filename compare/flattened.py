@@ -1,0 +1,90 @@
+"""FlattenGPT (arXiv 2602.08858) with each of its parts left out or replaced."""
+import torch
+from torch import Tensor
+
+from beyond.grouping import damages, least_damage
+from beyond.refit import PARTS, QUICK, Fit, refit_groups
+from beyond.regression import RIDGE
+from compare.network import Calibration, Network
+from flatten import flatten_blocks, keep_wide, merge_groups, mergeable, paper, select_groups
+from prune import leverage_score
+
+
+def groups_of(network: Network, n: int, text: Calibration,
+              max_group: int | None = None) -> list[list[int]]:
+    """Return the paper's groups after n merges.
+
+    ValueError if groups of at most max_group blocks do not allow n merges.
+    """
+    L, max_group = len(network.blocks), max_group or len(network.blocks)
+    most = mergeable([[i] for i in range(L)], max_group)
+    if n > most:
+        raise ValueError(f"{L} blocks in groups of at most {max_group} allow {most} merges, "
+                         f"not {n}")
+    return select_groups(text.measure(network).S, n, max_group)
+
+
+def wide(network: Network, n: int, text: Calibration, max_group: int | None = None) -> Network:
+    """Flatten, and prune nothing: fewer blocks, but as many parameters as the dense model."""
+    groups = groups_of(network, n, text, max_group)
+    blocks = [flatten_blocks([network.blocks[i] for i in group]) for group in groups]
+    return network.with_blocks(blocks, ordinary=False)
+
+
+def flattengpt(network: Network, n: int, text: Calibration, ridge: float = 10.0,
+               max_group: int | None = None, heads: bool = True, channels: bool = True,
+               compensate: bool = True, score=leverage_score) -> Network:
+    """Flatten and prune as the paper does.
+
+    `heads` and `channels` say what is pruned, `score` says which channels stay (see
+    leverage_score). With compensate=False the channels that go are not folded into the others.
+    """
+    groups, xs = groups_of(network, n, text, max_group), text.embedded(network)
+    prune_heads, prune_channels = paper(text.runner, ridge, compensate=compensate, score=score)
+    keep_heads, keep_channels = keep_wide()
+    attention = prune_heads if heads else keep_heads
+    mlp = prune_channels if channels else keep_channels
+    merged = merge_groups(network, groups, xs, text.runner, attention, mlp)
+    blocks = [block for block, _ in merged]
+    text.passes += 1
+    return network.with_blocks(blocks, ordinary=heads and channels)
+
+
+def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
+          by_damage: bool = False, parts: tuple[str, ...] = PARTS) -> Network:
+    """Fit every merged block to the dense model's streams (beyond/refit.py).
+
+    Groups are those of the paper, or with by_damage=True those that do the least measured damage.
+    """
+    def trial(dense: Tensor) -> tuple:
+        fit = Fit(dense, text.runner, ridge, QUICK)
+        return fit.attention, fit.mlp
+    if by_damage:
+        damage = damages(network, text.tokens, text.runner, trial, n)
+        groups = least_damage(damage, len(network.blocks), n)
+        text.passes += 3
+    else:
+        groups = groups_of(network, n, text)
+    xs = text.embedded(network)
+    blocks = [block for block, _ in refit_groups(network, groups, xs, text.runner, ridge, parts)]
+    text.passes += 2
+    return network.with_blocks(blocks)
+
+
+def magnitude_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:
+    """Score each channel by the norm of its column of down_proj, whatever the text."""
+    return down.double().norm(dim=0)
+
+
+def wanda_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:
+    """Score by the norm of the activation times that of the column that reads it.
+
+    This is the manner of Wanda (arXiv 2306.11695).
+    """
+    return C.diagonal().double().sqrt() * down.double().norm(dim=0)
+
+
+def random_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:
+    """Score by chance: a fixed random order."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(len(C), generator=generator, dtype=torch.float64).to(C.device)

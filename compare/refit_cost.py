@@ -1,0 +1,133 @@
+"""Measure what the fit (beyond/refit.py) costs next to the paper's pruning, on random weights.
+
+One pair of blocks is merged both ways, side by side, and one other block is measured and run. The
+fit runs the members beside the merged block, and compares n = 1.5 F channels in full. That takes
+1.6 to 1.8 n^3 flops in float64 and three matrices of n^2 numbers, however much text there is. So
+the fit's share falls with more text.
+
+The time of the whole run at --ratio is put together from these parts. Both methods measure every
+block once. Blocks that are not merged run once more, up to the last pair; after the first pair the
+fit sends two streams through them, the paper's method one. So two numbers are given: all pairs at
+the end, and the first pair at the start with the others at the end, where the fit costs most.
+
+    python -m compare.refit_cost --shape tinyllama --samples 128 --length 1024
+
+Does the fit of a large model go into this memory?
+
+    python -m compare.refit_cost --shape llama-2-7b --samples 1 --length 512 --only refit
+"""
+import argparse
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import console
+from beyond.refit import Fit
+from calibrate import cosine_sums, observe
+from checkpoint.config import Config
+from checkpoint.reader import Weights
+from compare.speed import SHAPES, shape_config
+from console.options import DEFAULT_DEVICE, DTYPES, compute_dtype
+from flatten import merge_groups, merges_for_ratio, paper
+from model import Runner, batches
+
+
+class Pair:
+    """Two blocks of random weights, as merge_groups reads them."""
+
+    def __init__(self, config: Config):
+        generator = torch.Generator().manual_seed(0)
+
+        def random_block() -> Weights:
+            return {name: torch.ones(shape) if "norm" in name else
+                    torch.randn(shape, generator=generator) * 0.02
+                    for name, shape in config.block_shapes().items()}
+        self.members = [random_block(), random_block()]
+
+    def block(self, i: int) -> Weights:
+        """Return one of the two."""
+        return self.members[i]
+
+
+@torch.inference_mode()
+def look(runner: Runner, weights: Weights, xs: Tensor) -> None:
+    """Do what the measuring pass does for one block.
+
+    Run it, and compare its input with another stream.
+    """
+    block, ys = runner.block(weights), torch.empty_like(xs)
+    for rows in batches(xs):
+        x = xs[rows].to(runner.device)
+        y, _ = observe(block, x, runner.rope)
+        ys[rows] = y.to(ys.device)
+        cosine_sums([x, y])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = console.parser("Time the fit of one pair of blocks, next to the paper's pruning.",
+                            __doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama", help="default %(default)s")
+    parser.add_argument("--samples", type=int, default=16,
+                        help="windows of random streams (default %(default)s)")
+    parser.add_argument("--length", type=int, default=2048,
+                        help="tokens in a window (default %(default)s)")
+    parser.add_argument("--ratio", type=float, default=0.2,
+                        help="fraction of all parameters to remove (default 0.2)")
+    parser.add_argument("--only", choices=("paper", "refit"),
+                        help="merge the pair this way only, and time nothing else")
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    args = parser.parse_args()
+    if args.samples < 1 or args.length < 2:
+        raise ValueError("--samples must be at least 1 and --length at least 2")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    config, dtype = shape_config(args.shape), compute_dtype(args.dtype, args.device, torch.float32)
+    pairs, pair = merges_for_ratio(config, args.ratio, 2), Pair(config)
+    runner = Runner(config, args.length, args.device, dtype)
+    shape, generator = (args.samples, args.length, config.hidden_size), torch.Generator()
+    streams = torch.randn(shape, generator=generator.manual_seed(1)).to(dtype)
+
+    def merge(attention: Callable, mlp: Callable) -> None:
+        next(merge_groups(pair, [[0, 1]], streams.clone(), runner, attention, mlp))
+
+    def refit() -> None:
+        fit = Fit(streams.clone(), runner)
+        merge(fit.attention, fit.mlp)
+    works = {"measure": lambda: look(runner, pair.block(0), streams),
+             "run": lambda: runner.run_block(pair.block(0), streams.clone()),
+             "paper": lambda: merge(*paper(runner, 10.0)),
+             "refit": refit}
+    labels = {"measure": "measure a block", "run": "run a block",
+              "paper": "prune a pair", "refit": "fit a pair"}
+    spent = {}
+    for name, work in works.items():
+        if args.only in (None, name):
+            start = time.perf_counter()
+            work()
+            spent[name] = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"{args.shape}, {args.samples} x {args.length} tokens, {labels[name]}: "
+                  f"{spent[name]:.1f} s, largest memory of the process so far {peak:.1f} GiB",
+                  flush=True)
+    if args.only is None:
+        L = config.num_hidden_layers
+        measured, run = L * spent["measure"], (L - 2 * pairs) * spent["run"]
+        plain = measured + run + pairs * spent["paper"]
+        at_the_end = measured + run + pairs * spent["refit"]
+        first_at_the_start = measured + 2 * run + pairs * spent["refit"]
+        print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}")
+        print(f"{L} blocks, {pairs} pairs: paper {plain:.0f} s, "
+              f"refit {at_the_end:.0f} to {first_at_the_start:.0f} s, refit / paper: "
+              f"{at_the_end / plain:.2f} to {first_at_the_start / plain:.2f} "
+              "(all pairs at the end, the first at the start)")
+
+
+if __name__ == "__main__":
+    console.run(main)

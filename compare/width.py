@@ -1,0 +1,136 @@
+"""Keep every block, and make all equally narrower: by as many parameters as n blocks have."""
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from checkpoint.config import Config
+from checkpoint.reader import Weights
+from compare.network import Calibration, Network
+from flatten import merge_groups
+from model import Runner
+from prune import (
+    best,
+    channels_of,
+    prune_attention,
+    prune_channels,
+    prune_mlp,
+    query_heads_of,
+    score_heads,
+)
+
+
+def narrower(config: Config, n: int, biases: int = 0) -> tuple[int, int]:
+    """Return how many KV heads and channels each block keeps.
+
+    The model then loses at least the parameters of n of its L blocks. Of the KV heads (L - n) / L
+    stay, rounded, at least one; channels make up the rest. `biases` is the number of parameters
+    that a method adds to each block.
+    """
+    L, C, D = config.num_hidden_layers, config.hidden_size, config.head_dim
+    budget = config.block_parameters() * (L - n) // L - biases
+    heads = max(1, round(config.num_key_value_heads * (L - n) / L))
+    group = config.num_attention_heads // config.num_key_value_heads
+    attention = heads * D * (2 * C * group + 2 * C + (group + 2 if config.qkv_bias else 0))
+    norms = 2 * C + (2 * D if config.qk_norm else 0)
+    channels = (budget - attention - norms) // (3 * C)
+    if channels < 1:
+        raise ValueError(f"{L} blocks cannot lose the parameters of {n} by width: nothing would "
+                         "remain of the MLPs; remove less")
+    return heads, min(channels, config.intermediate_size)
+
+
+def reshaped(network: Network, blocks: list[Weights], heads: int, channels: int,
+             ordinary: bool = True) -> Network:
+    """Return the network of these narrower blocks, with a config that says so."""
+    group = network.config.num_attention_heads // network.config.num_key_value_heads
+    made = network.with_blocks(blocks, ordinary=ordinary)
+    config = replace(made.config, num_key_value_heads=heads, num_attention_heads=heads * group,
+                     intermediate_size=channels)
+    return replace(made, config=config)
+
+
+def narrowed(network: Network, text: Calibration, attention: Callable,
+             mlp: Callable) -> list[Weights]:
+    """Prune every block by itself, from the bottom up, on what the pruned ones below produce."""
+    alone, xs = [[i] for i in range(len(network.blocks))], text.embedded(network)
+    merged = merge_groups(network, alone, xs, text.runner, attention, mlp)
+    text.passes += 1
+    return [block for block, _ in merged]
+
+
+def uniform(network: Network, n: int, text: Calibration, ridge: float = 10.0) -> Network:
+    """Keep each block's best heads and channels, scored and compensated as in FlattenGPT.
+
+    It is the method's counterpart that prunes width alone. For the MLP it is MoDeGPT's type I
+    (arXiv 2408.09632, sec. 3.2) with this project's ridge.
+    """
+    (heads, channels), runner = narrower(network.config, n), text.runner
+
+    def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
+        kept = best(score_heads(members[0], xs, runner), heads)
+        return prune_attention(members[0], kept, network.config), {}
+
+    def mlp(block: Weights, xs: Tensor) -> tuple[Weights, dict]:
+        return prune_channels(block, xs, runner, ridge, keep=channels)
+    return reshaped(network, narrowed(network, text, attention, mlp), heads, channels)
+
+
+def moments(outputs, xs: Tensor, runner: Runner) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance, (F,) each, of what `outputs` makes of the streams xs.
+
+    Both are over all tokens.
+    """
+    def terms(x: Tensor) -> list[Tensor]:
+        u = outputs(x).double()
+        return [u, u.square()]
+    sums, squares = runner.sums([xs], terms)
+    tokens = xs.shape[0] * xs.shape[1]
+    mean = (sums / tokens).cpu()
+    return mean, (squares / tokens).cpu() - mean.square()
+
+
+def fluctuation(variance: Tensor, weight: Tensor) -> Tensor:
+    """Return Var(u_c) * sum over outputs of W[:, c]^2, (F,): FLAP's fluctuation (eq. 5)."""
+    return variance * weight.double().square().sum(0)
+
+
+def mean_bias(mean: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+    """Return what the inputs that are not kept add on average, (C,): FLAP's bias (eq. 7)."""
+    gone = torch.ones(len(mean), dtype=torch.bool)
+    gone[kept] = False
+    return weight[:, gone].double() @ mean[gone]
+
+
+def flap(network: Network, n: int, text: Calibration) -> Network:
+    """Leave out the heads and channels of least fluctuation, the same number in every block.
+
+    This is FLAP in its UL-UM setting (arXiv 2312.11983). What goes leaves its mean as a bias of
+    o_proj or down_proj. An ordinary LLaMA checkpoint has no such biases, so the result is
+    evaluated in memory only.
+    """
+    config, runner = network.config, text.runner
+    heads, channels = narrower(config, n, biases=2 * config.hidden_size)
+    group = config.num_attention_heads // config.num_key_value_heads
+
+    def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
+        block, o_proj = runner.block(members[0]), members[0]["self_attn.o_proj.weight"]
+        mean, variance = moments(
+            lambda x: block.self_attn.heads(block.input_layernorm(x), runner.rope), xs, runner)
+        scores = fluctuation(variance, o_proj).view(config.num_key_value_heads, -1).mean(1)
+        kept = best(scores, heads)
+        queries = channels_of(query_heads_of(kept, group), config.head_dim)
+        bias = mean_bias(mean, o_proj, queries).to(o_proj.dtype)
+        pruned = prune_attention(members[0], kept, config)
+        return pruned | {"self_attn.o_proj.bias": bias}, {}
+
+    def mlp(weights: Weights, xs: Tensor) -> tuple[Weights, dict]:
+        block, down = runner.block(weights), weights["mlp.down_proj.weight"]
+        mean, variance = moments(
+            lambda x: block.mlp.channels(block.post_attention_layernorm(x)), xs, runner)
+        kept = best(fluctuation(variance, down), channels)
+        bias = mean_bias(mean, down, kept).to(down.dtype)
+        return prune_mlp(weights, kept, down[:, kept]) | {"mlp.down_proj.bias": bias}, {}
+    blocks = narrowed(network, text, attention, mlp)
+    return reshaped(network, blocks, heads, channels, ordinary=False)

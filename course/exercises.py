@@ -1,0 +1,105 @@
+"""The graded exercises: which function a student writes, and which tests judge it.
+
+course/EXERCISES.md explains each.
+"""
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+POINTS = 10  # for each exercise
+
+
+@dataclass(frozen=True)
+class Exercise:
+    number: int
+    file: str                # of the project, and of a submission
+    function: str            # "name" or "Class.name"
+    test_file: str
+    tests: tuple[str, ...]
+
+
+EXERCISES = [
+    Exercise(1, "model.py", "rotate", "tests/test_model.py", (
+        "test_rotation_depends_on_the_distance_only",
+        "test_rotation_turns_pairs_half_a_head_apart")),
+    Exercise(2, "flatten.py", "fold_norms", "tests/test_flatten.py", (
+        "test_folding_norms_changes_nothing_but_the_norms",
+        "test_folding_multiplies_in_float32_and_rounds_once")),
+    Exercise(3, "calibrate.py", "cosine_sums", "tests/test_calibrate.py", (
+        "test_cosines_of_zero_and_equal_streams",
+        "test_cosine_sums_of_two_streams_written_out")),
+    Exercise(4, "flatten.py", "select_groups", "tests/test_flatten.py", (
+        "test_the_worked_example_of_greedy_grouping",
+        "test_comparing_ends_is_deleting_a_row_and_a_column")),
+    Exercise(5, "flatten.py", "flatten_blocks", "tests/test_flatten.py", (
+        "test_a_flattened_block_is_the_sum_of_its_members_for_any_input",
+        "test_flattened_shapes_are_those_of_a_wide_block",
+        "test_a_single_block_is_returned_as_it_is")),
+    Exercise(6, "flatten.py", "merges_for_ratio", "tests/test_flatten.py", (
+        "test_the_ratio_counts_all_parameters_and_is_reached",
+        "test_ratios_out_of_reach_are_refused_with_what_is_possible")),
+    Exercise(7, "prune.py", "query_heads_of", "tests/test_prune.py", (
+        "test_query_heads_of_kv_heads",)),
+    Exercise(8, "prune.py", "head_importance", "tests/test_prune.py", (
+        "test_head_importance_is_size_times_row_norm_summed_over_a_kv_head",)),
+    Exercise(9, "prune.py", "prune_attention", "tests/test_prune.py", (
+        "test_kept_queries_still_meet_their_keys",)),
+    Exercise(10, "prune.py", "ridge_leverage", "tests/test_prune.py", (
+        "test_leverage_is_the_diagonal_of_its_definition",
+        "test_leverage_lies_in_0_to_1_and_sums_to_the_effective_dimension")),
+    Exercise(11, "prune.py", "nystrom_down", "tests/test_prune.py", (
+        "test_keeping_every_channel_is_the_identity",
+        "test_compensation_is_the_ridge_least_squares_optimum",
+        "test_dropping_one_of_two_equal_channels_adds_their_rows")),
+    Exercise(12, "evaluate.py", "window_losses", "tests/test_evaluate.py", (
+        "test_losses_in_pieces_are_the_mean_over_the_window",)),
+    Exercise(13, "evaluate.py", "losses_streamed", "tests/test_evaluate.py", (
+        "test_perplexity_equals_the_plain_loop_streamed_or_not",)),
+    Exercise(14, "beyond/regression.py", "eliminate_units", "tests/test_beyond.py", (
+        "test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum",)),
+]
+
+
+def find(source: str, function: str) -> ast.FunctionDef:
+    """Return the definition of "name" or "Class.name" in a file's text.
+
+    ValueError if it is not there, or if the text is not Python. Of several definitions the last
+    counts, as in Python itself.
+    """
+    try:
+        nodes = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"not valid Python: {error.msg} in line {error.lineno}") from None
+    for part in function.split("."):
+        definitions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                       and node.name == part]
+        if not definitions:
+            raise ValueError(f"no {function}")
+        nodes = definitions[-1].body
+    return definitions[-1]
+
+
+def body_lines(source: str, function: str) -> tuple[int, int]:
+    """Return where a function's body starts and stops, without its docstring.
+
+    They are (first line, last line + 1), lines counted from 0.
+    """
+    node = find(source, function)
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if not body:
+        raise ValueError(f"{function} has no body")
+    return body[0].lineno - 1, body[-1].end_lineno
+
+
+def get_body(source: str, function: str) -> str:
+    """Return the text of a function's body, docstring left out."""
+    first, last = body_lines(source, function)
+    return "\n".join(source.split("\n")[first:last])
+
+
+def set_body(source: str, function: str, body: str) -> str:
+    """Return a file's text with another body for a function; the docstring stays."""
+    first, last = body_lines(source, function)
+    lines = source.split("\n")
+    return "\n".join([*lines[:first], body, *lines[last:]])
