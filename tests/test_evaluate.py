@@ -4,6 +4,7 @@ import math
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 import evaluate
 from evaluate import main, perplexity, window_losses, windows_of
@@ -12,15 +13,18 @@ from text.wikitext import evaluation_text
 
 
 def plain_loop(path, text, window, limit=None):
-    """The field's protocol, written out on transformers' model: exp of the mean of the windows' mean losses."""
+    """Write the field's protocol out on transformers' model. Returns perplexity and windows.
+
+    The perplexity is exp of the mean over windows of their mean losses.
+    """
     transformers = pytest.importorskip("transformers")
     net = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = torch.tensor(load_tokenizer(path).encode(text))
     losses = []
     with torch.no_grad():
         for k in range(len(ids) // window)[:limit]:
-            part = ids[None, k * window:(k + 1) * window]
-            losses.append(float(torch.nn.functional.cross_entropy(net(part).logits[0, :-1], part[0, 1:])))
+            part = ids[k * window:(k + 1) * window]
+            losses.append(float(F.cross_entropy(net(part[None]).logits[0, :-1], part[1:])))
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
@@ -34,10 +38,11 @@ def test_windows_do_not_overlap_and_the_tail_is_dropped():
 @pytest.mark.parametrize("length", [5, 1024, 1025, 1026, 2500])
 def test_losses_in_pieces_are_the_mean_over_the_window(length):
     g = torch.Generator().manual_seed(0)
-    states, ids = torch.randn(2, length, 8, generator=g), torch.randint(0, 20, (2, length), generator=g)
+    states = torch.randn(2, length, 8, generator=g)
+    ids = torch.randint(0, 20, (2, length), generator=g)
     head = torch.randn(20, 8, generator=g)
     logits = (states @ head.T)[:, :-1].transpose(1, 2)
-    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+    expected = F.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
     torch.testing.assert_close(window_losses(lambda x: x @ head.T, states, ids), expected)
 
 
@@ -54,7 +59,8 @@ def test_perplexity_equals_the_plain_loop_streamed_or_not(tmp_path, window, chan
 @pytest.mark.skipif(not tiny.DATA.exists(), reason="needs the trained checkpoints and WikiText-2")
 @pytest.mark.parametrize("name", ["stories260K", "wiki24"])
 def test_real_perplexity_equals_the_plain_loop(name):
-    path, (text, _) = tiny.DATA / "models" / name, evaluation_text(str(tiny.DATA / "wikitext-2-raw"))
+    path = tiny.DATA / "models" / name
+    text, _ = evaluation_text(str(tiny.DATA / "wikitext-2-raw"))
     expected, _ = plain_loop(path, text[:60000], 256, 12)
     for stream in (False, True):
         score = perplexity(path, text[:60000], 256, 12, dtype=torch.float32, stream=stream)
@@ -62,43 +68,45 @@ def test_real_perplexity_equals_the_plain_loop(name):
 
 
 def test_the_table_has_a_row_a_checkpoint_and_marks_subsets(tmp_path, text_file, cli):
-    paths = [tiny.checkpoint(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
-    code, out, _ = cli(main, "--ckpt", *paths, "--data", text_file, "--window", 64, "--max-windows", 3, "--prompt", "abc")
+    paths = [tiny.checkpoint(tmp_path / name, seed)
+             for seed, name in enumerate(("first", "second"))]
+    code, out, _ = cli(main, "--ckpt", *paths, "--data", text_file, "--window", 64,
+                       "--max-windows", 3, "--prompt", "abc")
     rows = [line for line in out.splitlines() if line.startswith("| ")]
-    assert code == 0 and [row.split(" | ")[0] for row in rows] == ["| checkpoint", "| first", "| second"]
-    assert "SUBSET: the first 3 windows only" in out and "windows of 64 tokens" in out and "float32" in out
+    names = [row.split(" | ")[0] for row in rows]
+    assert code == 0 and names == ["| checkpoint", "| first", "| second"]
     assert f"{perplexity(paths[1], tiny.text(), 64, 3).perplexity:.4f}" in rows[2]
-    assert "first: abc" in out and "second: abc" in out
+    for words in ("SUBSET: the first 3 windows only", "windows of 64 tokens", "float32",
+                  "first: abc", "second: abc"):
+        assert words in out
 
 
-def test_a_loss_that_is_not_a_number_is_an_error(tmp_path, text_file, cli):
-    from safetensors.torch import load_file, save_file
-    path = tiny.checkpoint(tmp_path / "m")
-    tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"][7] = float("nan")
-    save_file(tensors, path / "model.safetensors")
-    for flags in ([], ["--stream"]):
-        code, _, err = cli(main, "--ckpt", path, "--data", text_file, "--window", 64, *flags)
-        assert code == 2 and "NaN" in err and err.count("\n") == 1
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_a_loss_that_is_not_a_number_is_an_error(ckpt, text_file, cli, flags):
+    def spoil(tensors):
+        tensors["lm_head.weight"][7] = float("nan")
+    tiny.change_tensors(ckpt, spoil)
+    code, _, err = cli(main, "--ckpt", ckpt, "--data", text_file, "--window", 64, *flags)
+    assert code == 2 and "NaN" in err and err.count("\n") == 1
 
 
-def test_a_loss_too_large_for_a_perplexity_is_an_error(tmp_path, text_file, cli):
-    from safetensors.torch import load_file, save_file
-    path = tiny.checkpoint(tmp_path / "m")
-    tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"] *= 1e4
-    save_file(tensors, path / "model.safetensors")
-    code, _, err = cli(main, "--ckpt", path, "--data", text_file, "--window", 64)
+def test_a_loss_too_large_for_a_perplexity_is_an_error(ckpt, text_file, cli):
+    def enlarge(tensors):
+        tensors["lm_head.weight"] *= 1e4
+    tiny.change_tensors(ckpt, enlarge)
+    code, _, err = cli(main, "--ckpt", ckpt, "--data", text_file, "--window", 64)
     assert code == 2 and "the perplexity" in err
 
 
-@pytest.mark.parametrize("arguments, message", [(["--window", 1], "--window"), (["--max-windows", 0], "--max-windows"),
-                                                (["--window", 10**6], "fewer than one window")])
+@pytest.mark.parametrize("arguments, message", [
+    (["--window", 1], "--window"), (["--max-windows", 0], "--max-windows"),
+    (["--window", 10**6], "fewer than one window")])
 def test_impossible_requests_are_one_line(ckpt, text_file, cli, arguments, message):
     code, out, err = cli(main, "--ckpt", ckpt, "--data", text_file, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1 and "|" not in out
 
 
-def test_a_wrong_second_checkpoint_is_noticed_before_the_first_is_run(ckpt, text_file, cli, monkeypatch):
+def test_a_wrong_second_checkpoint_is_noticed_before_the_first_is_run(ckpt, text_file, cli,
+                                                                      monkeypatch):
     monkeypatch.setattr(evaluate, "perplexity", lambda *args: pytest.fail("ran"))
     assert cli(main, "--ckpt", ckpt, ckpt.parent / "none", "--data", text_file)[0] == 2

@@ -1,4 +1,4 @@
-"""The handout is empty where it should be, and the grader gives each function the points it earns."""
+"""The handout is empty where it should be, and the grader gives each function its points."""
 import re
 import shutil
 import subprocess
@@ -13,16 +13,25 @@ from course.handout import handout
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
+    """A fresh handout."""
     out = tmp_path_factory.mktemp("course") / "student"
     handout(out)
     return out
 
 
+def body_of(folder, exercise):
+    return get_body((folder / exercise.file).read_text(), exercise.function)
+
+
+def change_body(path, function, body):
+    path.write_text(set_body(path.read_text(), function, body))
+
+
 def run_graded_tests(folder):
+    """Return what pytest prints about the graded tests in a copy of the project."""
     names = [f"{exercise.test_file}::{test}" for exercise in EXERCISES for test in exercise.tests]
-    done = subprocess.run([sys.executable, "-m", "pytest", *names, "-p", "no:cacheprovider", "-rA", "--tb=no"], cwd=folder,
-                          capture_output=True, text=True)
-    return done.stdout
+    command = [sys.executable, "-m", "pytest", *names, "-p", "no:cacheprovider", "-rA", "--tb=no"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
 
 
 def test_every_graded_test_fails_on_the_fresh_handout(student):
@@ -34,8 +43,7 @@ def test_every_graded_test_passes_when_the_bodies_are_put_back(student, tmp_path
     solved = tmp_path / "solved"
     shutil.copytree(student, solved)
     for exercise in EXERCISES:
-        body = get_body((ROOT / exercise.file).read_text(), exercise.function)
-        (solved / exercise.file).write_text(set_body((solved / exercise.file).read_text(), exercise.function, body))
+        change_body(solved / exercise.file, exercise.function, body_of(ROOT, exercise))
     out = run_graded_tests(solved)
     assert "FAILED" not in out and re.search(r"^\d+ passed in", out, re.MULTILINE), out[-2000:]
 
@@ -44,31 +52,31 @@ def test_the_handout_holds_no_solution_and_no_history(student):
     assert not (student / ".git").exists() and (student / "course" / "EXERCISES.md").exists()
     everything = "\n".join(path.read_text() for path in student.rglob("*.py"))
     for exercise in EXERCISES:
-        body = get_body((ROOT / exercise.file).read_text(), exercise.function)
-        assert body not in everything
-        assert get_body((student / exercise.file).read_text(), exercise.function) == \
-            f'    raise NotImplementedError("exercise {exercise.number}")'
+        assert body_of(ROOT, exercise) not in everything
+        empty = f'    raise NotImplementedError("exercise {exercise.number}")'
+        assert body_of(student, exercise) == empty
     for path in (ROOT / "tests").glob("*.py"):
         assert (student / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
 
-def test_wrong_and_endless_functions_lose_only_their_own_points(student, tmp_path, cli):
-    by_function = {exercise.function: exercise for exercise in EXERCISES}
+def test_wrong_and_endless_functions_lose_only_their_own_points(tmp_path, cli):
+    """One is wrong, one never ends, one is right, and one is in a file that is no Python."""
     submission = tmp_path / "submission"
     submission.mkdir()
-    wrong = {"query_heads_of": "    return torch.arange(n_rep).repeat(len(kv_heads))",
-             "ridge_leverage": "    while True:\n        pass"}
-    source = (ROOT / "prune.py").read_text()
-    for function, body in wrong.items():
-        source = set_body(source, function, body)
-    (submission / "prune.py").write_text(source)
+    shutil.copy(ROOT / "prune.py", submission)
+    change_body(submission / "prune.py", "query_heads_of",
+                "    return torch.arange(n_rep).repeat(len(kv_heads))")
+    change_body(submission / "prune.py", "ridge_leverage", "    while True:\n        pass")
     (submission / "flatten.py").write_text("def select_groups(:")
-    numbers = [by_function[name].number for name in ("query_heads_of", "ridge_leverage", "head_importance", "select_groups")]
+    expected = {"query_heads_of": 0, "ridge_leverage": 0, "head_importance": 10, "select_groups": 0}
+    number_of = {exercise.function: exercise.number for exercise in EXERCISES}
+    numbers = [number_of[function] for function in expected]
     code, out, _ = cli(grade_main, submission, "--only", *numbers, "--seconds", 15)
-    assert code == 0 and "no sandbox" in out
-    points = {int(row[0]): int(row[1]) for row in re.findall(r"^\| (\d+) \| .* \| (\d+) / 10", out, re.MULTILINE)}
-    assert points == {numbers[0]: 0, numbers[1]: 0, numbers[2]: 10, numbers[3]: 0}
-    assert "stopped after 15 s" in out and "not valid Python" in out and "total: 10 of 40 points" in out
+    assert code == 0 and "no sandbox" in out and "total: 10 of 40 points" in out
+    assert "stopped after 15 s" in out and "not valid Python" in out
+    rows = re.findall(r"^\| (\d+) \| .* \| (\d+) / 10", out, re.MULTILINE)
+    points = {int(number): int(points) for number, points in rows}
+    assert points == dict(zip(numbers, expected.values(), strict=True))
 
 
 def test_the_handout_overwrites_nothing(tmp_path):
@@ -80,7 +88,8 @@ def test_the_handout_overwrites_nothing(tmp_path):
 def test_the_text_names_every_exercise_its_function_and_its_tests():
     text = (ROOT / "course" / "EXERCISES.md").read_text()
     for exercise in EXERCISES:
-        section = re.search(rf"^## {exercise.number}\. .*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL).group(0)
+        section, = re.findall(rf"^## {exercise.number}\. .*?(?=^## |\Z)", text,
+                              re.MULTILINE | re.DOTALL)
         assert f"`{exercise.function}`" in section and exercise.file in section
         assert all(test in section for test in exercise.tests)
         assert "**Question.**" in section and "**Answer" in section and "minutes" in section

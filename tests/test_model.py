@@ -1,4 +1,4 @@
-"""Our forward and generation equal transformers', for every family, head layout and layout of config.json."""
+"""Our forward and generation equal transformers', for every family and layout of config.json."""
 import json
 
 import pytest
@@ -7,19 +7,23 @@ import torch
 
 import model
 from model import Cache, generate, load
+from text.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
-SMALL = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
-         "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False, "pad_token_id": None,
-         "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512,
+         "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 64, "rope_theta": 500000.0}
 FAMILIES = {
     "llama1_mha": ("Llama", {"num_key_value_heads": 8}),
-    "llama3_gqa": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rms_norm_eps": 1e-5}),
+    "llama3_gqa": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+                             "rms_norm_eps": 1e-5}),
     "llama31_scaled": ("Llama", {"rope_parameters": LLAMA31}),
-    "llama32_tied": ("Llama", {"rope_parameters": LLAMA31 | {"factor": 32.0}, "tie_word_embeddings": True}),
-    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama32_tied": ("Llama", {"rope_parameters": LLAMA31 | {"factor": 32.0},
+                               "tie_word_embeddings": True}),
+    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0,
+                                                   "rope_theta": 10000.0}}),
     "smollm_tied_mqa": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "tinyllama": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "mistral_window": ("Mistral", {"sliding_window": 256, "head_dim": 16}),
@@ -31,24 +35,41 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    """(transformers' model, folder it was saved in)."""
+    """Transformers' model, and the folder it was saved in.
+
+    Its weights are not the defaults: norms of one and biases of zero would hide mistakes.
+    """
     name, changes = FAMILIES[request.param]
     torch.manual_seed(0)
     cfg = getattr(transformers, f"{name}Config")(**SMALL | changes)
     net = getattr(transformers, f"{name}ForCausalLM")(cfg).eval()
     with torch.no_grad():
-        for key, weight in net.named_parameters():  # not the defaults: norms of one, biases of zero would hide mistakes
-            weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in key else torch.randn_like(weight) * 0.2)
+        for key, weight in net.named_parameters():
+            weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in key else
+                         torch.randn_like(weight) * 0.2)
     folder = tmp_path_factory.mktemp(request.param)
     net.save_pretrained(folder, max_shard_size="60KB" if "gqa" in request.param else "1GB")
     return net, folder
 
 
-def assert_same_logits(net, path, window=100):
-    ids = torch.randint(0, 300, (2, window), generator=torch.Generator().manual_seed(1))
+def random_ids(first, beyond, *shape, seed):
+    return torch.randint(first, beyond, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_logits(net, path, ids=None):
+    ids = random_ids(0, 300, 2, 100, seed=1) if ids is None else ids
     with torch.no_grad():
-        expected, ours = net(ids).logits, load(path)(ids)
+        expected, ours = net(ids).logits, load(path, dtype=torch.float32)(ids)
     assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def assert_same_continuation(net, path, ids):
+    """Greedy, with the cache and without."""
+    expected = net.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None,
+                            pad_token_id=0)
+    ours = load(path, dtype=torch.float32)
+    assert torch.equal(generate(ours, ids, 64), expected)
+    assert torch.equal(generate(ours, ids, 64, use_cache=False), expected)
 
 
 def test_logits_equal_those_of_transformers(pair):
@@ -75,12 +96,7 @@ def test_the_older_layout_of_config_gives_the_same_model(pair, tmp_path):
 
 
 def test_greedy_generation_equals_transformers_with_and_without_cache(pair):
-    net, folder = pair
-    ids = torch.randint(3, 300, (1, 20), generator=torch.Generator().manual_seed(2))
-    expected = net.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-    ours = load(folder)
-    assert torch.equal(generate(ours, ids, 64), expected)
-    assert torch.equal(generate(ours, ids, 64, use_cache=False), expected)
+    assert_same_continuation(*pair, random_ids(3, 300, 1, 20, seed=2))
 
 
 @pytest.mark.skipif(not tiny.DATA.exists(), reason="needs the trained checkpoints")
@@ -88,24 +104,19 @@ def test_greedy_generation_equals_transformers_with_and_without_cache(pair):
 def test_trained_checkpoints_equal_transformers(name):
     path = tiny.DATA / "models" / name
     net = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ids = torch.randint(3, 500, (2, 120), generator=torch.Generator().manual_seed(2))
-    ours = load(path, dtype=torch.float32)
-    with torch.no_grad():
-        expected = net(ids).logits
-        assert (ours(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    expected = net.generate(ids[:1], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(generate(ours, ids[:1], 64), expected)
-    assert torch.equal(generate(ours, ids[:1], 64, use_cache=False), expected)
+    ids = random_ids(3, 500, 2, 120, seed=2)
+    assert_same_logits(net, path, ids)
+    assert_same_continuation(net, path, ids[:1])
 
 
 @pytest.mark.skipif(not tiny.DATA.exists(), reason="needs the trained checkpoints")
 def test_a_trained_model_tells_its_story():
-    from text.tokenizer import load_tokenizer
     path = tiny.DATA / "models" / "stories260K"
     tokenizer = load_tokenizer(path)
     ids = generate(load(path), torch.tensor([tokenizer.encode("Once upon a time")]), 60)
     assert tokenizer.decode(ids[0].tolist()).startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.")
+        "Once upon a time, there was a little girl named Lily. "
+        "She loved to play outside in the park.")
 
 
 def test_text_read_in_pieces_with_a_cache_gives_the_same_states(ckpt):
@@ -118,8 +129,8 @@ def test_text_read_in_pieces_with_a_cache_gives_the_same_states(ckpt):
 
 def test_sampling_repeats_with_its_seed_and_top_1_is_greedy(ckpt):
     net, ids = load(ckpt), torch.tensor([[5, 6, 7]])
-    first, again, other = (generate(net, ids, 30, temperature=1.5, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    a, again, b = (generate(net, ids, 30, temperature=1.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(a, again) and not torch.equal(a, b)
     assert torch.equal(generate(net, ids, 30, temperature=1.0, top_k=1), generate(net, ids, 30))
 
 
@@ -162,7 +173,8 @@ def rotated(x, position):
 
 
 def test_rotation_depends_on_the_distance_only():
-    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64)
     scores = [float(rotated(q, m) @ rotated(k, n)) for m, n in ((7, 3), (104, 100), (4, 0))]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
     assert float(rotated(q, 7) @ rotated(k, 4)) != pytest.approx(scores[0], rel=1e-3)
@@ -180,10 +192,11 @@ def test_rotation_turns_pairs_half_a_head_apart():
 
 
 def test_rope_llama3_blends_between_the_two_wavelengths():
-    cfg = tiny.config(rope_scaling=LLAMA31, head_dim=64)
     plain = model.rope_frequencies(tiny.config(rope_theta=500000.0, head_dim=64))
-    scaled = model.rope_frequencies(cfg)
-    turns = 64 * plain / (2 * torch.pi)
-    assert torch.equal(scaled[turns > 4], plain[turns > 4]) and torch.equal(scaled[turns < 1], plain[turns < 1] / 8)
-    between = (turns > 1) & (turns < 4)
-    assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
+    scaled = model.rope_frequencies(tiny.config(rope_scaling=LLAMA31, head_dim=64))
+    turns = 64 * plain / (2 * torch.pi)  # within the original context
+    fast, slow, between = turns > 4, turns < 1, (turns > 1) & (turns < 4)
+    assert torch.equal(scaled[fast], plain[fast])
+    assert torch.equal(scaled[slow], plain[slow] / 8)
+    assert between.any() and (scaled[between] < plain[between]).all()
+    assert (scaled[between] > plain[between] / 8).all()

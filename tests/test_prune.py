@@ -1,4 +1,4 @@
-"""Pruning: which heads and channels stay, and that the dropped channels are folded in as well as they can be."""
+"""Pruning: which heads and channels stay, and how well the dropped channels are folded in."""
 import pytest
 import tiny
 import torch
@@ -22,14 +22,18 @@ from prune import (
     ridge_leverage,
 )
 
-F, d, n = 12, 7, 5
+F, d, n = 12, 7, 5  # channels, outputs, channels to keep
+
+
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
 
 
 @pytest.fixture
 def psi():
     """Correlated channels of unequal size, (tokens, F)."""
     g = torch.Generator().manual_seed(0)
-    mix = torch.randn(F, F, generator=g, dtype=torch.float64) / F ** 0.5 + 0.5 * torch.eye(F, dtype=torch.float64)
+    mix = torch.randn(F, F, generator=g, dtype=torch.float64) / F ** 0.5 + 0.5 * eye(F)
     sizes = torch.linspace(0.2, 3, F, dtype=torch.float64)[torch.randperm(F, generator=g)]
     return torch.randn(400, F, generator=g, dtype=torch.float64) @ mix * sizes
 
@@ -49,6 +53,7 @@ DROP = torch.tensor([1, 2, 5, 6, 7, 9, 10])
 
 
 def error(W_new, W, psi, keep=KEEP):
+    """Return the squared error per token of the kept channels read by W_new."""
     return float((psi[:, keep] @ W_new.T - psi @ W.T).square().sum() / len(psi))
 
 
@@ -56,13 +61,14 @@ def error(W_new, W, psi, keep=KEEP):
 
 def test_leverage_is_the_diagonal_of_its_definition(C):
     for ridge in (1e-3, 1.0, 100.0):
-        expected = (C @ torch.linalg.inv(C + ridge * torch.eye(F))).diagonal()
+        expected = (C @ torch.linalg.inv(C + ridge * eye(F))).diagonal()
         assert_close(ridge_leverage(C, ridge), expected)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 12, 100])
 def test_the_diagonal_of_an_inverse_is_found_piece_by_piece(C, columns):
-    assert_close(inverse_diagonal(torch.linalg.cholesky(C), columns), torch.linalg.inv(C).diagonal())
+    expected = torch.linalg.inv(C).diagonal()
+    assert_close(inverse_diagonal(torch.linalg.cholesky(C), columns), expected)
 
 
 def test_leverage_lies_in_0_to_1_and_sums_to_the_effective_dimension(C):
@@ -73,9 +79,9 @@ def test_leverage_lies_in_0_to_1_and_sums_to_the_effective_dimension(C):
 
 
 def test_the_printed_formula_would_rank_differently(C):
-    """Guard against the misprint: one over the diagonal of C(C + ridge) prefers the weak channels."""
+    """As printed, one over the diagonal of C(C + ridge), it prefers the weak channels."""
     lam = absolute_ridge(C, 10)
-    misprint = 1 / (C @ (C + lam * torch.eye(F))).diagonal()
+    misprint = 1 / (C @ (C + lam * eye(F))).diagonal()
     strongest = C.diagonal().argmax()
     assert strongest in best(ridge_leverage(C, lam), n) and strongest not in best(misprint, n)
 
@@ -86,10 +92,9 @@ def test_dead_channels_have_no_leverage(psi):
     assert s[2] == 0 and (s[torch.arange(F) != 2] > 0).all()
 
 
-def test_without_any_activity_scores_are_zero_and_weights_stay():
+def test_without_any_activity_scores_are_zero_and_weights_stay(W):
     zero = torch.zeros(F, F, dtype=torch.float64)
     assert (ridge_leverage(zero, absolute_ridge(zero, 10)) == 0).all()
-    W = torch.randn(d, F, dtype=torch.float64)
     assert torch.equal(nystrom_down(W, zero, KEEP, 0.0), W[:, KEEP])
 
 
@@ -99,20 +104,23 @@ def test_the_ridge_is_a_multiple_of_the_mean_eigenvalue(C):
 
 def test_rounding_that_makes_the_statistics_indefinite_is_survived():
     v = torch.randn(F, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    C = v @ v.T - 1e-15 * torch.eye(F)
+    C = v @ v.T - 1e-15 * eye(F)
     factor = regularized_cholesky(C, 0.0)
     assert_close(factor @ factor.T, C, atol=1e-5, rtol=0)
+
+
+def test_statistics_that_are_indefinite_beyond_rounding_are_refused():
     with pytest.raises(ValueError, match="positive definite"):
-        regularized_cholesky(-torch.eye(F), 0.0)
+        regularized_cholesky(-eye(F), 0.0)
 
 
 def test_solves_are_in_float64_whatever_the_statistics_are():
-    g = torch.Generator().manual_seed(0)
-    C = torch.randn(40, 6, generator=g, dtype=torch.float64)
-    C = (C @ C.T).float()  # of rank 6: float32 would not get far with the ridge below
+    """C has rank 6: in float32 one would not get far with so small a ridge."""
+    half = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    C = (half @ half.T).float()
     ridge = 1e-4 * float(C.trace())
     assert regularized_cholesky(C, ridge).dtype == torch.float64
-    expected = (C.double() @ torch.linalg.inv(C.double() + ridge * torch.eye(40, dtype=torch.float64))).diagonal()
+    expected = (C.double() @ torch.linalg.inv(C.double() + ridge * eye(40))).diagonal()
     assert_close(ridge_leverage(C, ridge), expected, atol=1e-10, rtol=1e-10)
 
 
@@ -123,17 +131,17 @@ def test_keeping_every_channel_is_the_identity(W, C):
 
 
 def test_compensation_is_the_ridge_least_squares_optimum(W, C, psi):
-    """Solved independently: stack sqrt(ridge) (W' - W_K) = 0 below psi_K W' = psi W and call lstsq."""
+    """Least squares solves psi_K W' = psi W with rows sqrt(ridge) (W' - W_K) = 0 below."""
     for ridge in (1e-4, 1.0, 50.0):
-        A = torch.cat([psi[:, KEEP] / len(psi) ** 0.5, ridge ** 0.5 * torch.eye(n)])
+        A = torch.cat([psi[:, KEEP] / len(psi) ** 0.5, ridge ** 0.5 * eye(n)])
         b = torch.cat([psi @ W.T / len(psi) ** 0.5, ridge ** 0.5 * W[:, KEEP].T])
         assert_close(nystrom_down(W, C, KEEP, ridge), torch.linalg.lstsq(A, b).solution.T)
 
 
 def test_compensation_in_its_other_form(W, C):
     """(C_KK + ridge)^-1 (C_K: W + ridge W_K)."""
-    ridge = 2.0
-    expected = torch.linalg.solve(C[KEEP][:, KEEP] + ridge * torch.eye(n), C[KEEP] @ W.T + ridge * W[:, KEEP].T).T
+    ridge, C_KK = 2.0, C[KEEP][:, KEEP]
+    expected = torch.linalg.solve(C_KK + ridge * eye(n), C[KEEP] @ W.T + ridge * W[:, KEEP].T).T
     assert_close(nystrom_down(W, C, KEEP, ridge), expected)
 
 
@@ -143,7 +151,8 @@ def test_a_huge_ridge_is_plain_selection_and_none_gives_the_normal_equations(W, 
 
 
 def test_the_smallest_error_is_the_schur_complement(W, C, psi):
-    schur = C[DROP][:, DROP] - C[DROP][:, KEEP] @ torch.linalg.solve(C[KEEP][:, KEEP], C[KEEP][:, DROP])
+    explained = C[DROP][:, KEEP] @ torch.linalg.solve(C[KEEP][:, KEEP], C[KEEP][:, DROP])
+    schur = C[DROP][:, DROP] - explained
     expected = float((W[:, DROP] @ schur @ W[:, DROP].T).trace())
     assert error(nystrom_down(W, C, KEEP, 0.0), W, psi) == pytest.approx(expected)
 
@@ -154,9 +163,10 @@ def test_compensation_is_never_worse_than_dropping(W, C, psi, ridge):
 
 
 def test_redundant_channels_are_recovered_exactly(W, psi):
-    psi[:, DROP] = psi[:, KEEP] @ torch.randn(n, len(DROP), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    g = torch.Generator().manual_seed(3)
+    psi[:, DROP] = psi[:, KEEP] @ torch.randn(n, len(DROP), generator=g, dtype=torch.float64)
     C = psi.T @ psi / len(psi)
-    assert error(nystrom_down(W, C, KEEP, 0.0), W, psi) == pytest.approx(0, abs=1e-18 * float(C.trace()) ** 2 + 1e-12)
+    assert error(nystrom_down(W, C, KEEP, 0.0), W, psi) < 1e-18 * float(C.trace()) ** 2 + 1e-12
 
 
 def test_dropping_one_of_two_equal_channels_adds_their_rows(W, psi):
@@ -187,22 +197,33 @@ def test_kept_queries_still_meet_their_keys():
     """Pruned attention equals the wide block with the dropped heads' o_proj columns set to zero."""
     cfg = tiny.config()
     wide, x = flatten_blocks([tiny.block(cfg, 0), tiny.block(cfg, 1)]), tiny.stream(cfg)
-    rope = tiny.runner(cfg, x.shape[1]).rope
+    rope, o_proj = tiny.runner(cfg, x.shape[1]).rope, wide["self_attn.o_proj.weight"]
     for kept in ([0, 1], [0, 3], [1, 2], [2, 3]):
-        rows = query_heads_of(query_heads_of(torch.tensor(kept), 3), 8)
-        masked = dict(wide)
-        masked["self_attn.o_proj.weight"] = torch.zeros_like(wide["self_attn.o_proj.weight"])
-        masked["self_attn.o_proj.weight"][:, rows] = wide["self_attn.o_proj.weight"][:, rows]
+        masked = torch.zeros_like(o_proj)
+        for j in kept:  # each KV head serves 3 query heads of 8 channels
+            masked[:, 24 * j:24 * (j + 1)] = o_proj[:, 24 * j:24 * (j + 1)]
         pruned = prune_attention(wide, torch.tensor(kept), cfg)
-        assert {name: tuple(t.shape) for name, t in pruned.items() if "attn" in name} == {
-            name: shape for name, shape in cfg.block_shapes().items() if "attn" in name}
         with torch.no_grad():
-            assert_close(Block(pruned, cfg).attend(x, rope), Block(masked, cfg).attend(x, rope))
+            expected = Block(wide | {"self_attn.o_proj.weight": masked}, cfg).attend(x, rope)
+            assert_close(Block(pruned, cfg).attend(x, rope), expected)
+
+
+def test_pruned_attention_has_the_shapes_of_an_ordinary_block():
+    cfg = tiny.config()
+    wide = flatten_blocks([tiny.block(cfg, 0), tiny.block(cfg, 1)])
+    pruned = prune_attention(wide, torch.tensor([0, 3]), cfg)
+    shapes = {name: shape for name, shape in cfg.block_shapes().items() if "attn" in name}
+    assert {name: tuple(pruned[name].shape) for name in shapes} == shapes
 
 
 def test_with_head_norms_all_heads_come_from_the_best_member():
+    """Members have two KV heads each. The best head is the second's, the best sum the third's."""
     cfg = tiny.config(model_type="qwen3")
     assert keep_kv_heads(torch.tensor([1.0, 1, 9, 0, 5, 5]), cfg).tolist() == [4, 5]
+
+
+def test_with_head_norms_the_heads_of_one_member_work_as_in_that_member():
+    cfg = tiny.config(model_type="qwen3")
     members, x = [tiny.block(cfg, i) for i in range(3)], tiny.stream(cfg)
     pruned = prune_attention(flatten_blocks(members), torch.tensor([4, 5]), cfg)
     rope = tiny.runner(cfg, x.shape[1]).rope
@@ -225,8 +246,8 @@ def test_pruning_channels_keeps_gate_up_and_down_in_step():
 
 def dead(weights):
     """A block whose heads write nothing and whose channels never fire."""
-    zero = {name: torch.zeros_like(weights[name]) for name in ("self_attn.o_proj.weight", "mlp.up_proj.weight")}
-    return weights | zero
+    return weights | {name: torch.zeros_like(weights[name])
+                      for name in ("self_attn.o_proj.weight", "mlp.up_proj.weight")}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -239,63 +260,91 @@ def test_a_dead_block_merged_with_any_other_leaves_the_other(order, family):
     run.run_block(live, expected)
     pruned, kept = tiny.merge(blocks, got, run, *paper(run, ridge=10.0))
     assert_close(got, expected)
-    assert kept["channels"][order] == list(range(cfg.intermediate_size)) and kept["channels"][1 - order] == []
+    assert kept["channels"][order] == list(range(cfg.intermediate_size))
+    assert kept["channels"][1 - order] == []
     assert {name: tuple(t.shape) for name, t in pruned.items()} == cfg.block_shapes()
 
 
-def written_out(wide, xs, cfg, ridge):
-    """The equations of pruning, computed from its weights without any of its functions (biases on q, k, v)."""
-    H, KV, D, n = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.intermediate_size
-    g, T = H // KV, xs.shape[1]
-    def norm(x, weight):
-        return x / (x.square().mean(-1, keepdim=True) + cfg.rms_norm_eps).sqrt() * weight
+def norm(x, weight, cfg):
+    return x / (x.square().mean(-1, keepdim=True) + cfg.rms_norm_eps).sqrt() * weight
+
+
+def top(scores, count):
+    """Return the indices of the largest scores, ascending."""
+    return sorted(sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:count])
+
+
+def split(kept, size, width):
+    """Return indices of a wide block as indices within each of its members."""
+    return [[i - member * size for i in kept if i // size == member] for member in range(width)]
+
+
+def attention_written_out(wide, xs, cfg):
+    """Compute the equations of attention and of head pruning without our functions.
+
+    Returns the scores of the KV heads, which of them stay, and the stream after the pruned
+    attention. Queries, keys and values have biases.
+    """
+    D, T, o_proj = cfg.head_dim, xs.shape[1], wide["self_attn.o_proj.weight"]
+    g = cfg.num_attention_heads // cfg.num_key_value_heads
+    frequency = cfg.rope_theta ** -(torch.arange(0, D, 2).double() / D)
+    angle = torch.arange(T)[:, None].double() * frequency                       # (T, D/2)
+    future = torch.ones(T, T).triu(1).bool()
+
+    def project(name):
+        y = norm(xs, wide["input_layernorm.weight"], cfg) @ wide[f"self_attn.{name}_proj.weight"].T
+        return (y + wide[f"self_attn.{name}_proj.bias"]).unflatten(-1, (-1, D)).transpose(1, 2)
+
     def rotated(x):
-        angle = torch.arange(T)[:, None].double() / cfg.rope_theta ** (torch.arange(0, D, 2).double() / D)
         a, b = x[..., :D // 2], x[..., D // 2:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-    def project(name):
-        y = norm(xs, wide["input_layernorm.weight"]) @ wide[f"self_attn.{name}_proj.weight"].T
-        return (y + wide[f"self_attn.{name}_proj.bias"]).unflatten(-1, (-1, D)).transpose(1, 2)
-    q, k, v = rotated(project("q")), rotated(project("k")), project("v")
-    heads, scores = [], []
+    q, k, v = rotated(project("q")), rotated(project("k")), project("v")        # (N, heads, T, D)
+    added, scores = [], []
     for i in range(q.shape[1]):
-        weights = (q[:, i] @ k[:, i // g].transpose(1, 2) / D ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -1e9)
-        heads.append(weights.softmax(-1) @ v[:, i // g])
-        o = wide["self_attn.o_proj.weight"][:, i * D:(i + 1) * D]
-        scores.append(float((heads[i].abs().mean((0, 1)) * o.norm(dim=0)).sum()))
-    groups = [sum(scores[j * g:(j + 1) * g]) for j in range(len(scores) // g)]
-    kept = sorted(sorted(range(len(groups)), key=lambda j: -groups[j])[:KV])
-    x = xs + sum(heads[i] @ wide["self_attn.o_proj.weight"][:, i * D:(i + 1) * D].T
-                 for j in kept for i in range(j * g, (j + 1) * g))
-    z = norm(x, wide["post_attention_layernorm.weight"])
-    gate = z @ wide["mlp.gate_proj.weight"].T
-    psi = (gate / (1 + (-gate).exp()) * (z @ wide["mlp.up_proj.weight"].T)).flatten(0, 1)
+        logits = q[:, i] @ k[:, i // g].transpose(1, 2) / D ** 0.5
+        head = logits.masked_fill(future, -1e9).softmax(-1) @ v[:, i // g]      # (N, T, D)
+        reads = o_proj[:, i * D:(i + 1) * D]
+        added.append(head @ reads.T)
+        scores.append(float((head.abs().mean((0, 1)) * reads.norm(dim=0)).sum()))
+    groups = [sum(scores[i:i + g]) for i in range(0, len(scores), g)]
+    kept = top(groups, cfg.num_key_value_heads)
+    return groups, kept, xs + sum(added[i] for i in range(len(added)) if i // g in kept)
+
+
+def mlp_written_out(wide, x, cfg, ridge):
+    """Compute the equations of the MLP and of channel pruning without our functions.
+
+    Returns the absolute ridge, which channels stay, their down_proj, and the stream at the end.
+    """
+    n, W = cfg.intermediate_size, wide["mlp.down_proj.weight"]
+    z = norm(x, wide["post_attention_layernorm.weight"], cfg)
+    gate, up = z @ wide["mlp.gate_proj.weight"].T, z @ wide["mlp.up_proj.weight"].T
+    psi = (gate / (1 + (-gate).exp()) * up).flatten(0, 1)
     C = psi.T @ psi / len(psi)
     lam = ridge * float(C.trace()) / len(C)
-    s = (C @ torch.linalg.inv(C + lam * torch.eye(len(C)))).diagonal()
-    K = sorted(sorted(range(len(s)), key=lambda i: -float(s[i]))[:n])
-    W = wide["mlp.down_proj.weight"]
-    down = torch.linalg.solve(C[K][:, K] + lam * torch.eye(n), C[K] @ W.T + lam * W[:, K].T).T
-    return groups, kept, lam, K, down, x + (psi[:, K] @ down.T).view_as(x)
+    K = top((C @ torch.linalg.inv(C + lam * eye(len(C)))).diagonal(), n)
+    down = torch.linalg.solve(C[K][:, K] + lam * eye(n), C[K] @ W.T + lam * W[:, K].T).T
+    return lam, K, down, x + (psi[:, K] @ down.T).view_as(x)
 
 
 @pytest.mark.parametrize("ridge", [0.03, 10.0])
 def test_pruning_a_block_follows_its_equations(ridge):
     cfg = tiny.config()
     xs, blocks = tiny.stream(cfg, n=5, length=30), [tiny.block(cfg, i) for i in range(3)]
-    blocks[1] = {name: t * 1.5 if "o_proj" in name or "up_proj" in name else t for name, t in blocks[1].items()}
-    wide = flatten_blocks(blocks)
-    groups, kept, lam, K, down, expected = written_out(wide, xs, cfg, ridge)
-    run = tiny.runner(cfg, 30)
-    pruned, found = tiny.merge(blocks, xs, run, *paper(run, ridge))
-    selected = selection(wide, found, cfg)
-    assert found["head_scores"] == pytest.approx(groups, rel=1e-6) and found["ridge"] == pytest.approx(lam)
-    assert found["kv_heads"] == by_member(torch.tensor(kept), 2, 3)
-    assert found["channels"] == by_member(torch.tensor(K), 40, 3)
-    assert sum(map(bool, found["channels"])) > 1  # a choice that one block alone would not explain
+    for name in ("self_attn.o_proj.weight", "mlp.up_proj.weight"):
+        blocks[1][name] *= 1.5
+    wide, run = flatten_blocks(blocks), tiny.runner(cfg, 30)
+    scores, heads, middle = attention_written_out(wide, xs, cfg)
+    lam, K, down, expected = mlp_written_out(wide, middle, cfg, ridge)
+    pruned, kept = tiny.merge(blocks, xs, run, *paper(run, ridge))
+    assert kept["head_scores"] == pytest.approx(scores, rel=1e-6)
+    assert kept["ridge"] == pytest.approx(lam)
+    assert kept["kv_heads"] == split(heads, 2, 3) and kept["channels"] == split(K, 40, 3)
+    assert sum(map(bool, kept["channels"])) > 1  # a choice that one block alone would not explain
     assert_close(pruned["mlp.down_proj.weight"], down, atol=1e-6, rtol=1e-6)
-    assert torch.equal(selected["mlp.down_proj.weight"], wide["mlp.down_proj.weight"][:, K])
     assert_close(xs, expected, atol=1e-6, rtol=1e-6)
+    selected = selection(wide, kept, cfg)
+    assert torch.equal(selected["mlp.down_proj.weight"], wide["mlp.down_proj.weight"][:, K])
 
 
 @pytest.mark.parametrize("members", [2, 3])
@@ -314,23 +363,26 @@ def test_pruning_leaves_the_stream_that_the_pruned_block_makes(members):
 
 
 def test_a_small_ridge_repairs_the_mlp_on_its_calibration_text():
+    """Compensation comes closer than plain selection to the MLP that lost no channel."""
     cfg = tiny.config()
     run, xs = tiny.runner(cfg, 40), tiny.stream(cfg, n=6, length=40)
     wide = flatten_blocks([tiny.block(cfg, i) for i in range(2)])
-    got = xs.clone()
-    _, kept = tiny.merge([wide], got, run, *paper(run, 1e-6))
+    compensated, plain, target = xs.clone(), xs.clone(), xs.clone()
+    _, kept = tiny.merge([wide], compensated, run, *paper(run, 1e-6))
     selected = selection(wide, kept, cfg)
-    target, plain = xs.clone(), xs.clone()
-    run.run_block(prune_mlp(selected, torch.arange(cfg.intermediate_size), selected["mlp.down_proj.weight"]), plain)
-    kept_attention = {**wide, **{name: selected[name] for name in selected if "attn" in name}}
-    run.run_block(kept_attention, target)
-    assert float((got - target).norm()) < float((plain - target).norm())
+    run.run_block(selected, plain)
+    run.run_block(wide | {name: selected[name] for name in selected if "attn" in name}, target)
+    assert float((compensated - target).norm()) < float((plain - target).norm())
 
 
-def test_by_member_and_relative_error():
+def test_kept_indices_are_split_by_member():
     assert by_member(torch.tensor([0, 4, 5, 11]), 4, 3) == [[0], [0, 1], [3]]
+
+
+def test_relative_error_is_the_mean_over_tokens_of_what_is_missing():
     start, target = torch.zeros(1, 2, 2), torch.tensor([[[2.0, 0], [0, 4]]])
-    assert relative_error(torch.tensor([[[1.0, 0], [0, 4]]]), target, start) == pytest.approx(0.25)
+    output = torch.tensor([[[1.0, 0], [0, 4]]])  # half of the first token's change is missing
+    assert relative_error(output, target, start) == pytest.approx(0.25)
 
 
 def test_nan_in_statistics_is_an_error():
