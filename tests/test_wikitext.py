@@ -31,6 +31,7 @@ def test_the_official_test_split_has_4358_rows():
 
 
 def make_folder(folder, splits=("train", "valid", "test"), end="raw"):
+    """Write a small text for each split; each ends with the split's name. Returns the folder."""
     folder.mkdir(parents=True)
     for split in splits:
         (folder / f"wiki.{split}.{end}").write_bytes(RAW + split.encode())
@@ -44,18 +45,21 @@ def make_zip(path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["folder", "parent", "txt", "zip", "folder_with_zip"])
-def test_folders_and_zips_give_their_splits(tmp_path, kind):
-    path = {"folder": lambda: make_folder(tmp_path / "w"), "txt": lambda: make_folder(tmp_path / "w", end="txt"),
-            "parent": lambda: make_folder(tmp_path / "w" / "wikitext-2-raw").parent,
-            "zip": lambda: make_zip(tmp_path / "any.zip"),
-            "folder_with_zip": lambda: make_zip(tmp_path / wikitext.ZIP_NAME).parent}[kind]()
-    assert calibration_text(str(path)) == (JOINED + "\n\ntrain", "WikiText-2 train")
-    assert evaluation_text(str(path)) == held_out_text(str(path)) == (JOINED + "\n\ntest", "WikiText-2 test")
+@pytest.mark.parametrize("make", [
+    lambda path: make_folder(path / "w"), lambda path: make_folder(path / "w", end="txt"),
+    lambda path: make_folder(path / "w" / "wikitext-2-raw").parent,
+    lambda path: make_zip(path / "any.zip"),
+    lambda path: make_zip(path / wikitext.ZIP_NAME).parent,
+], ids=["folder", "txt", "parent", "zip", "folder_with_zip"])
+def test_folders_and_zips_give_their_splits(tmp_path, make):
+    path, test = str(make(tmp_path)), (JOINED + "\n\ntest", "WikiText-2 test")
+    assert calibration_text(path) == (JOINED + "\n\ntrain", "WikiText-2 train")
+    assert evaluation_text(path) == held_out_text(path) == test
 
 
 def test_without_the_train_split_validation_calibrates_and_never_test(tmp_path):
-    assert calibration_text(str(make_folder(tmp_path / "a", ("valid", "test"))))[1] == "WikiText-2 validation"
+    path = make_folder(tmp_path / "a", ("valid", "test"))
+    assert calibration_text(str(path))[1] == "WikiText-2 validation"
     with pytest.raises(ValueError, match=r"wiki\.train\.raw"):
         calibration_text(str(make_folder(tmp_path / "b", ("test",))))
     with pytest.raises(ValueError, match=r"wiki\.test\.raw"):
@@ -88,17 +92,21 @@ def test_what_is_not_text_is_refused(tmp_path, content):
         calibration_text(str(path))
 
 
-def test_a_missing_path_and_a_damaged_zip_are_refused(tmp_path):
+def test_a_missing_path_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         calibration_text(str(tmp_path / "none"))
-    original = make_zip(tmp_path / "w.zip").read_bytes()
-    with zipfile.ZipFile(tmp_path / "w.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_zip_is_refused(tmp_path, compression):
+    path = tmp_path / "w.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("wikitext-2-raw/wiki.train.raw", RAW * 50)
-    for data in (bytearray(original), bytearray((tmp_path / "w.zip").read_bytes())):
-        data[60:70] = b"##########"
-        (tmp_path / "w.zip").write_bytes(data)
-        with pytest.raises(ValueError, match="damaged"):
-            calibration_text(str(tmp_path / "w.zip"))
+    data = bytearray(path.read_bytes())
+    data[60:70] = b"##########"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        calibration_text(str(path))
 
 
 @pytest.fixture
@@ -133,20 +141,24 @@ def test_wikitext_is_downloaded_once_and_then_cached(server, tmp_path, monkeypat
     monkeypatch.setattr(wikitext, "ZIP_SHA256", hashlib.sha256(content).hexdigest())
     for _ in range(2):
         assert calibration_text(None)[1] == "WikiText-2 train"
-    assert handler.requests == 1 and os.listdir(tmp_path / "cache" / "flattengpt") == [wikitext.ZIP_NAME]
+    assert handler.requests == 1
+    assert os.listdir(tmp_path / "cache" / "flattengpt") == [wikitext.ZIP_NAME]
 
 
-@pytest.mark.parametrize("size, sha", [(0, "right"), (1, "right"), (-1, "right"), (0, "wrong")])
+def test_a_file_of_the_expected_size_and_checksum_is_kept(server, tmp_path):
+    url, content, _ = server
+    path = tmp_path / "cache" / "w.zip"
+    download(f"{url}/good", path, len(content), hashlib.sha256(content).hexdigest())
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("size, sha", [(1, "right"), (-1, "right"), (0, "wrong")])
 def test_another_size_or_checksum_leaves_no_file(server, tmp_path, size, sha):
     url, content, _ = server
-    right = hashlib.sha256(content).hexdigest()
+    expected = hashlib.sha256(content).hexdigest() if sha == "right" else "0" * 64
     path = tmp_path / "cache" / "w.zip"
-    if (size, sha) == (0, "right"):
-        download(f"{url}/good", path, len(content), right)
-        assert path.read_bytes() == content
-        return
     with pytest.raises(ValueError, match="not the expected file"):
-        download(f"{url}/good", path, len(content) + size, right if sha == "right" else "0" * 64)
+        download(f"{url}/good", path, len(content) + size, expected)
     assert list(path.parent.iterdir()) == []
 
 
