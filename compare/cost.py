@@ -201,7 +201,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=12,
                         help="of the random checkpoint (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3,
-                        help="runs of which the median counts (default %(default)s)")
+                        help="runs; their median counts (default %(default)s)")
     parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
     return parser.parse_args()
 

@@ -198,7 +198,7 @@ def parse_args() -> argparse.Namespace:
                         help="tokens before decoding (default 64)")
     parser.add_argument("--new", type=int, default=32, help="tokens decoded (default 32)")
     parser.add_argument("--repeats", type=int, default=5,
-                        help="runs of which the median counts (default 5)")
+                        help="runs; their median counts (default 5)")
     parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16",
                         help="default: %(default)s")
