@@ -197,7 +197,7 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
         notes.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}"
                      f"{subset})")
         dtypes.append(str(kind).removeprefix("torch."))
-    print(f"\nperplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own "
+    print(f"perplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own "
           "BOS at the start of the text, loss in float32, model in "
           + ", ".join(dict.fromkeys(dtypes)))
     print("| checkpoint | parameters | blocks | size | perplexity | tokens/s |")

@@ -43,6 +43,7 @@ from text.tokenizer import load_tokenizer
 from text.wikitext import PYTHON, held_out_text
 
 BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
+QUICK_WINDOWS = 64  # of held-out text judge the quick start
 READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
                                     "self_attn.v_proj.weight"),
          "post_attention_layernorm.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
@@ -250,6 +251,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-eval", action="store_true",
                         help="do not compare perplexity at the end")
     add_run_options(parser)
+    parser.set_defaults(quick=False)
 
 
 def parse_args() -> argparse.Namespace:
@@ -270,7 +272,7 @@ def parse_args() -> argparse.Namespace:
 
 def quick_start(args: argparse.Namespace) -> None:
     """Complete the options for the bundled checkpoint. An earlier result of it may be replaced."""
-    args.ckpt = os.path.relpath(BUNDLED)
+    args.ckpt, args.quick = os.path.relpath(BUNDLED), True
     defaults(args, {"data": PYTHON, "samples": 64, "length": 256})
     if args.out is None:
         args.out = Path("out") / f"demo-{'wide' if args.keep_wide else 'flat'}-{args.ratio}"
@@ -325,7 +327,10 @@ def conclude(source: Checkpoint, args: argparse.Namespace, record: dict) -> None
           f"(asked {args.ratio})")
     if not args.no_eval:
         compare([source.path, args.out], *held_out_text(args.data), window=args.length,
-                device=args.device, dtype=args.dtype, stream=True)
+                limit=QUICK_WINDOWS if args.quick else None, device=args.device,
+                dtype=args.dtype, stream=True)
+    if args.quick:
+        print("next: python -m demo compares each step with dropping as many blocks")
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Whatever is wrong with a checkpoint folder is said in one line, before anything is computed or written."""
+"""Whatever is wrong with a checkpoint folder is said in one line, before anything is computed."""
+
 import io
 import json
 import os
@@ -25,9 +26,15 @@ def shard(path):
     names = sorted(tensors)
     places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
     for file in set(places.values()):
-        save_file({name: tensors[name] for name in names if places[name] == file}, path / file, {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in names if places[name] == file},
+            path / file,
+            {"format": "pt"},
+        )
     (path / "model.safetensors").unlink()
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     return places
 
 
@@ -63,26 +70,46 @@ def test_all_wrong_tensors_are_listed_in_one_error(ckpt):
         del t["model.layers.1.mlp.up_proj.weight"], t["model.norm.weight"]
         t["model.layers.2.post_feedforward_layernorm.weight"] = torch.ones(32)
         t["model.layers.0.self_attn.q_proj.weight"] = torch.ones(48, 16)
+
     edit_weights(ckpt, change)
     message = refusal(ckpt)
-    for part in ("2 tensors missing", "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "1 tensors unexpected",
-                 "post_feedforward_layernorm", "q_proj.weight (48, 16) instead of (48, 32)"):
+    for part in (
+        "2 tensors missing",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+        "1 tensors unexpected",
+        "post_feedforward_layernorm",
+        "q_proj.weight (48, 16) instead of (48, 32)",
+    ):
         assert part in message
 
 
 def test_of_many_wrong_tensors_the_first_few_are_named_and_all_are_counted(ckpt):
     edit_config(ckpt, num_hidden_layers=100)
     message = refusal(ckpt)
-    assert "1140 tensors missing: model.layers.10.input_layernorm.weight, " in message and len(message) < 500
+    assert (
+        "1140 tensors missing: model.layers.10.input_layernorm.weight, " in message
+        and len(message) < 500
+    )
 
 
-@pytest.mark.parametrize("prefix, advice", [
-    ("_orig_mod.", "save model._orig_mod with"), ("module.", "save model.module with"),
-    ("base_model.model.", "save model.merge_and_unload() with"), ("encoder.", "save the model inside with")])
+@pytest.mark.parametrize(
+    "prefix, advice",
+    [
+        ("_orig_mod.", "save model._orig_mod with"),
+        ("module.", "save model.module with"),
+        ("base_model.model.", "save model.merge_and_unload() with"),
+        ("encoder.", "save the model inside with"),
+    ],
+)
 def test_a_foreign_prefix_is_named(ckpt, prefix, advice):
     edit_weights(ckpt, lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)])
     message = refusal(ckpt)
-    assert f"its 63 tensors have '{prefix}' in front" in message and advice in message and len(message) < 500
+    assert (
+        f"its 63 tensors have '{prefix}' in front" in message
+        and advice in message
+        and len(message) < 500
+    )
 
 
 @pytest.mark.parametrize("tied, advice", [(True, "from_pretrained"), (False, "with its head")])
@@ -94,8 +121,10 @@ def test_the_base_of_a_model_without_its_prefix_is_refused_with_what_to_do(tmp_p
     assert 'lack the "model." in front' in message and advice in message and len(message) < 500
 
 
-@pytest.mark.parametrize("files", [["adapter_config.json", "adapter_model.safetensors"],
-                                   ["config.json", "adapter_config.json"]])
+@pytest.mark.parametrize(
+    "files",
+    [["adapter_config.json", "adapter_model.safetensors"], ["config.json", "adapter_config.json"]],
+)
 def test_an_adapter_is_told_from_a_model(ckpt, files):
     for name in {"config.json", "model.safetensors"} - set(files):
         (ckpt / name).unlink()
@@ -109,8 +138,15 @@ def test_an_adapter_is_told_from_a_model(ckpt, files):
 
 def test_old_rope_buffers_and_copies_of_a_tied_head_are_harmless(tmp_path):
     path = tiny.checkpoint(tmp_path / "m", tie_word_embeddings=True)
-    edit_weights(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-                                           "lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit_weights(
+        path,
+        lambda t: t.update(
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "lm_head.weight": t["model.embed_tokens.weight"].clone(),
+            }
+        ),
+    )
     source = Checkpoint(path)
     assert "lm_head.weight" not in source.outer() and source.size()[0] == source.config.parameters()
 
@@ -122,12 +158,18 @@ def test_a_tied_model_that_kept_the_heads_name_is_read_and_written_in_the_usual_
     edit_weights(path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
     source = Checkpoint(path)
     assert source.size() == Checkpoint(usual).size() and source.dtype == torch.float32
-    assert torch.equal(source.outer()["model.embed_tokens.weight"],
-                       Checkpoint(usual).outer()["model.embed_tokens.weight"])
+    assert torch.equal(
+        source.outer()["model.embed_tokens.weight"],
+        Checkpoint(usual).outer()["model.embed_tokens.weight"],
+    )
     copy(source, tmp_path / "out")
-    written, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", usual))
+    written, before = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out", usual)
+    )
     assert written.keys() == before.keys()
-    net, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    net, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(net.lm_head.weight, before["model.embed_tokens.weight"])
     edit_config(path, tie_word_embeddings=False)
@@ -175,8 +217,15 @@ def test_a_corrupt_header_is_refused(ckpt):
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00002-of-00002.safetensors",
-                                  "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ],
+)
 def test_a_git_lfs_pointer_is_named_with_the_command_that_fetches_the_file(ckpt, name):
     if name.startswith("model") and name != "model.safetensors":
         shard(ckpt)
@@ -192,7 +241,9 @@ def test_a_missing_shard_is_named(ckpt):
     assert f"{gone} is missing" in refusal(ckpt)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x", "C:x"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x", "C:x"]
+)
 def test_an_index_may_not_leave_the_folder(ckpt, name):
     places = shard(ckpt)
     places["model.norm.weight"] = name
@@ -200,38 +251,70 @@ def test_an_index_may_not_leave_the_folder(ckpt, name):
     assert "outside the folder" in refusal(ckpt)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "\xff"]
+)
 def test_a_broken_index_is_refused(ckpt, content):
     shard(ckpt)
     (ckpt / "model.safetensors.index.json").write_text(content, encoding="latin-1")
     refusal(ckpt)
 
 
-@pytest.mark.parametrize("changes, field", [
-    ({"attention_bias": True, "model_type": "llama"}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "gemma2"}, "model_type"), ({"model_type": None}, "model_type"),
-    ({"num_local_experts": 8}, "num_local_experts"), ({"no_rope_layers": [1, 1, 1, 0, 1]}, "no_rope_layers"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-    ({"layer_types": ["chunked_attention"] * 5}, "layer_types"), ({"layer_types": ["full_attention"]}, "layer_types"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"final_logit_softcapping": 30.0}, "softcapping"),
-    ({"residual_multiplier": 0.22}, "residual_multiplier"), ({"no_rope_layers": 5}, "no_rope_layers"),
-    ({"rope_scaling": {"rope_type": ["x"]}}, "rope_type"),
-    ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": None}, "max_window_layers"),
-])
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"attention_bias": True, "model_type": "llama"}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "gemma2"}, "model_type"),
+        ({"model_type": None}, "model_type"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"no_rope_layers": [1, 1, 1, 0, 1]}, "no_rope_layers"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"layer_types": ["chunked_attention"] * 5}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"final_logit_softcapping": 30.0}, "softcapping"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"no_rope_layers": 5}, "no_rope_layers"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "rope_type"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": None},
+            "max_window_layers",
+        ),
+    ],
+)
 def test_unsupported_wiring_is_refused_with_the_name_of_its_field(ckpt, changes, field):
     edit_config(ckpt, **changes)
     assert field in refusal(ckpt)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("hidden_size", "DELETE"), ("hidden_size", -1), ("hidden_size", "32"), ("hidden_size", 1e400), ("hidden_size", True),
-    ("num_hidden_layers", 0), ("num_hidden_layers", 2 * 10**9), ("rms_norm_eps", 10**400),
-    ("layer_types", [{}] * 5), ("num_hidden_layers", 2.5), ("vocab_size", 2**40), ("num_key_value_heads", 4),
-    ("head_dim", 7), ("rms_norm_eps", 0), ("rope_theta", None), ("rope_scaling", [1]),
-    ("tie_word_embeddings", "false"), ("max_position_embeddings", "512")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("hidden_size", "DELETE"),
+        ("hidden_size", -1),
+        ("hidden_size", "32"),
+        ("hidden_size", 1e400),
+        ("hidden_size", True),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", 2 * 10**9),
+        ("rms_norm_eps", 10**400),
+        ("layer_types", [{}] * 5),
+        ("num_hidden_layers", 2.5),
+        ("vocab_size", 2**40),
+        ("num_key_value_heads", 4),
+        ("head_dim", 7),
+        ("rms_norm_eps", 0),
+        ("rope_theta", None),
+        ("rope_scaling", [1]),
+        ("tie_word_embeddings", "false"),
+        ("max_position_embeddings", "512"),
+    ],
+)
 def test_nonsense_in_config_is_refused_with_the_name_of_its_field(ckpt, field, value):
     if (field, value) == ("rope_theta", None):
         value = "fast"
@@ -239,17 +322,25 @@ def test_nonsense_in_config_is_refused_with_the_name_of_its_field(ckpt, field, v
     assert field in refusal(ckpt)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{\"a\":", b"\xff\xfe", b"[" * 100000])
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a":', b"\xff\xfe", b"[" * 100000])
 def test_a_broken_config_is_refused(ckpt, content):
     (ckpt / "config.json").write_bytes(content)
     assert "config.json" in refusal(ckpt)
 
 
-@pytest.mark.parametrize("types", [None, ["sliding_attention", "full_attention"] * 2 + ["full_attention"]])
+@pytest.mark.parametrize(
+    "types", [None, ["sliding_attention", "full_attention"] * 2 + ["full_attention"]]
+)
 def test_a_sliding_window_of_llama_is_ignored_as_transformers_ignores_it(tmp_path, types):
     transformers = pytest.importorskip("transformers")
-    path = tiny.checkpoint(tmp_path / "m", model_type="llama", architectures=["LlamaForCausalLM"], num_attention_heads=4,
-                           sliding_window=8, layer_types=types)
+    path = tiny.checkpoint(
+        tmp_path / "m",
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        num_attention_heads=4,
+        sliding_window=8,
+        layer_types=types,
+    )
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         expected = transformers.AutoModelForCausalLM.from_pretrained(path)(ids).logits
@@ -267,17 +358,42 @@ def test_an_unknown_storage_type_is_refused(ckpt):
 
 
 def test_parameters_are_those_of_known_models():
-    llama2 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "vocab_size": 32000}
-    qwen25 = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-              "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
-    qwen3 = {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-             "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-    sizes = [(Config.parse(raw).block_parameters(), Config.parse(raw).parameters()) for raw in (llama2, qwen25, qwen3)]
+    llama2 = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    }
+    qwen25 = {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    }
+    qwen3 = {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    }
+    sizes = [
+        (Config.parse(raw).block_parameters(), Config.parse(raw).parameters())
+        for raw in (llama2, qwen25, qwen3)
+    ]
     assert sizes == [(202383360, 6738415616), (233057792, 7615616512), (192946432, 8190735360)]
 
 
 # ---- writing
+
 
 def copy(source: Checkpoint, out, overwrite=False, groups=None):
     with Writer(out, source, overwrite) as writer:
@@ -293,17 +409,40 @@ def test_a_written_copy_is_bit_identical_and_leaves_nothing_beside_it(ckpt, tmp_
     out = tmp_path / "results" / "copy"
     copy(Checkpoint(ckpt), out)
     assert sorted(os.listdir(out.parent)) == ["copy"]
-    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # the weights are as readable as the rest
-    assert sorted(os.listdir(out)) == ["README.md", "config.json", "flatten.json", "generation_config.json",
-                                       "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+    assert (
+        len({path.stat().st_mode for path in out.iterdir()}) == 1
+    )  # the weights are as readable as the rest
+    assert sorted(os.listdir(out)) == [
+        "README.md",
+        "config.json",
+        "flatten.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     before, after = load_file(ckpt / "model.safetensors"), load_file(out / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
 
 def test_licenses_and_templates_are_copied_whatever_the_case_of_their_names(ckpt, tmp_path):
-    copied = ["License.txt", "notice", "tekken.json", "Use_Policy.md", "chat_template.jinja",
-              "additional_chat_templates/tool_use.jinja"]
-    others = ["README.md", "tokenizer_fast.py", "modeling.py", "additional_chat_templates/x.py", "original/params.json"]
+    copied = [
+        "License.txt",
+        "notice",
+        "tekken.json",
+        "Use_Policy.md",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+    ]
+    others = [
+        "README.md",
+        "tokenizer_fast.py",
+        "modeling.py",
+        "additional_chat_templates/x.py",
+        "original/params.json",
+    ]
     for name in copied + others:
         (ckpt / name).parent.mkdir(exist_ok=True)
         (ckpt / name).write_text(name)
@@ -316,15 +455,26 @@ def test_licenses_and_templates_are_copied_whatever_the_case_of_their_names(ckpt
 
 def test_a_result_names_no_code_and_no_folder_that_it_was_not_given(ckpt, tmp_path):
     transformers = pytest.importorskip("transformers")
-    names = {"auto_map": {"AutoConfig": "configuration.Custom", "AutoModelForCausalLM": "modeling.Custom"},
-             "_name_or_path": "/home/someone", "_model_name_or_path": "/home/someone"}
+    names = {
+        "auto_map": {
+            "AutoConfig": "configuration.Custom",
+            "AutoModelForCausalLM": "modeling.Custom",
+        },
+        "_name_or_path": "/home/someone",
+        "_model_name_or_path": "/home/someone",
+    }
     edit_config(ckpt, **names)
-    settings = {"auto_map": {"AutoTokenizer": ["tokenization.Custom", None]}, "tokenizer_class": "LlamaTokenizer"}
+    settings = {
+        "auto_map": {"AutoTokenizer": ["tokenization.Custom", None]},
+        "tokenizer_class": "LlamaTokenizer",
+    }
     (ckpt / "tokenizer_config.json").write_text(json.dumps(settings))
     out = tmp_path / "out"
     copy(Checkpoint(ckpt), out)
     assert not names.keys() & json.loads((out / "config.json").read_text()).keys()
-    assert json.loads((out / "tokenizer_config.json").read_text()) == {"tokenizer_class": "LlamaTokenizer"}
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "LlamaTokenizer"
+    }
     ids = torch.arange(3, 20)[None]
     net = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     with torch.no_grad():
@@ -335,11 +485,18 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_atte
 
 
 def llama_kind(folder):
-    """A folder whose only tokenizer file is a tokenizer.model as LLaMA-2's: every space is kept, one is put in front."""
+    """A folder with only a tokenizer.model like LLaMA-2's: spaces are kept, one is put in front."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny.text().split("\n")), model_writer=model, vocab_size=400, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=iter(tiny.text().split("\n")),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     tiny.checkpoint(folder, **LLAMA)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
@@ -348,7 +505,9 @@ def llama_kind(folder):
 def real_llama2(folder):
     if not tiny.DATA.exists():
         pytest.skip("needs LLaMA-2's tokenizer.model")
-    shutil.copy(tiny.DATA / "tokenizers" / "llama2" / "tokenizer.model", tiny.checkpoint(folder, **LLAMA))
+    shutil.copy(
+        tiny.DATA / "tokenizers" / "llama2" / "tokenizer.model", tiny.checkpoint(folder, **LLAMA)
+    )
     return folder
 
 
@@ -364,9 +523,24 @@ def test_the_tokenizer_of_a_result_reads_alike_in_transformers(tmp_path, make):
     pytest.importorskip("google.protobuf")  # by which transformers reads tokenizer.model
     source = Checkpoint(make(tmp_path / "m"))
     copy(source, tmp_path / "out")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
-    for text in ("kabe fonad", " one space", "   three", "\n a line\nand\n\nmore\n", "a</s>b", "<s> <unk> x", "<s>",
-                 "  <s>", "</s>\n", "é😀\t\x00", "▁a", ""):
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+        load_tokenizer(tmp_path / "out"),
+    )
+    for text in (
+        "kabe fonad",
+        " one space",
+        "   three",
+        "\n a line\nand\n\nmore\n",
+        "a</s>b",
+        "<s> <unk> x",
+        "<s>",
+        "  <s>",
+        "</s>\n",
+        "é😀\t\x00",
+        "▁a",
+        "",
+    ):
         assert theirs(text).input_ids == ours.encode(text), text
     assert ours.encode("a")[0] == load_tokenizer(source.path).encode("a")[0] == theirs.bos_token_id
 
@@ -377,13 +551,23 @@ def test_a_result_is_read_with_the_ids_of_its_source(tmp_path, make):
     source = Checkpoint(make(tmp_path / "m"))
     copy(source, tmp_path / "out")
     before, after = load_tokenizer(source.path), load_tokenizer(tmp_path / "out")
-    for text in ("kabe fonad", " one space", "   three  and  more ", "\n a line\nand\n\nmore\n", "a</s>b  c", "é😀\t\x00"):
+    for text in (
+        "kabe fonad",
+        " one space",
+        "   three  and  more ",
+        "\n a line\nand\n\nmore\n",
+        "a</s>b  c",
+        "é😀\t\x00",
+    ):
         assert before.encode(text) == after.encode(text), text
         assert before.decode(before.encode(text)) == after.decode(after.encode(text))
 
 
 def test_a_tokenizers_own_settings_are_left_as_they_are(ckpt, tmp_path):
-    for name, given in (("tokenizer_config.json", '{"add_bos_token":  false}'), ("tokenizer.json", '{"model": {}}')):
+    for name, given in (
+        ("tokenizer_config.json", '{"add_bos_token":  false}'),
+        ("tokenizer.json", '{"model": {}}'),
+    ):
         (ckpt / name).write_text(given)
         copy(Checkpoint(ckpt), tmp_path / name)
         assert (tmp_path / name / name).read_text() == given
@@ -393,7 +577,10 @@ def test_a_tokenizers_own_settings_are_left_as_they_are(ckpt, tmp_path):
 
 def test_the_bundled_checkpoint_describes_its_tokenizer_as_the_writer_would(tmp_path):
     given = json.loads((BUNDLED / "tokenizer_config.json").read_text())
-    assert given == tokenizer_config((BUNDLED / "tokenizer.model").read_bytes()) and given["add_prefix_space"] is False
+    assert (
+        given == tokenizer_config((BUNDLED / "tokenizer.model").read_bytes())
+        and given["add_prefix_space"] is False
+    )
 
 
 def test_the_model_card_says_what_was_done_and_how_to_load_it(ckpt, tmp_path):
@@ -403,14 +590,29 @@ def test_the_model_card_says_what_was_done_and_how_to_load_it(ckpt, tmp_path):
         for i in (0, 2, 4):
             writer.add(source.block(i))
         groups = [[0], [1, 2], [3, 4]]
-        record = {"method": "joined", "ratio_asked": 0.25, "command": "python flatten.py --ckpt x",
-                  "groups": [{"blocks": blocks} for blocks in groups]}
+        record = {
+            "method": "joined",
+            "ratio_asked": 0.25,
+            "command": "python flatten.py --ckpt x",
+            "groups": [{"blocks": blocks} for blocks in groups],
+        }
         record = writer.finish(groups, record)
     _, front, card = (out / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {"base_model": "org/Tiny-1B", "library_name": "transformers",
-                                     "pipeline_tag": "text-generation", "tags": ["flattengpt", "depth-compression"]}
-    for part in ("# Tiny-1B with 3 blocks", "method: joined", f"{record['ratio_reached']:.4f}", "(asked: 0.25)",
-                 "blocks joined: 1+2, 3+4", "`python flatten.py --ckpt x`", 'from_pretrained("this/folder")'):
+    assert yaml.safe_load(front) == {
+        "base_model": "org/Tiny-1B",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["flattengpt", "depth-compression"],
+    }
+    for part in (
+        "# Tiny-1B with 3 blocks",
+        "method: joined",
+        f"{record['ratio_reached']:.4f}",
+        "(asked: 0.25)",
+        "blocks joined: 1+2, 3+4",
+        "`python flatten.py --ckpt x`",
+        'from_pretrained("this/folder")',
+    ):
         assert part in card
     assert json.loads((out / "flatten.json").read_text())["base_model"] == "org/Tiny-1B"
 
@@ -419,12 +621,20 @@ def test_large_results_are_sharded_with_an_index(ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.writer.SHARD", 30000)
     copy(Checkpoint(ckpt), tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 2 and index["metadata"]["total_size"] == Checkpoint(ckpt).size()[1]
+    assert (
+        len(set(index["weight_map"].values())) > 2
+        and index["metadata"]["total_size"] == Checkpoint(ckpt).size()[1]
+    )
     assert Checkpoint(tmp_path / "out").size() == Checkpoint(ckpt).size()
 
 
 def test_lists_with_one_entry_a_block_are_cut(tmp_path):
-    path = tiny.checkpoint(tmp_path / "m", layer_types=["full_attention"] * 5, max_window_layers=5, use_sliding_window=False)
+    path = tiny.checkpoint(
+        tmp_path / "m",
+        layer_types=["full_attention"] * 5,
+        max_window_layers=5,
+        use_sliding_window=False,
+    )
     copy(Checkpoint(path), tmp_path / "out", groups=[[0], [1, 2], [3, 4]])
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw["num_hidden_layers"] == len(raw["layer_types"]) == raw["max_window_layers"] == 3
@@ -443,7 +653,10 @@ def test_an_error_in_the_middle_leaves_nothing(ckpt, tmp_path):
 
 def test_a_full_disk_is_noticed_at_the_start(ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match="free"), Writer(tmp_path / "new" / "out", Checkpoint(ckpt)):
+    with (
+        pytest.raises(ValueError, match="free"),
+        Writer(tmp_path / "new" / "out", Checkpoint(ckpt)),
+    ):
         pass
     assert not (tmp_path / "new").exists()
 
@@ -471,6 +684,7 @@ def test_existing_outputs_are_replaced_only_when_asked_and_only_our_own(ckpt, tm
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_if_replacing_fails_the_earlier_result_is_put_back(ckpt, tmp_path, monkeypatch, error):
     from pathlib import Path
+
     source, out = Checkpoint(ckpt), tmp_path / "r" / "out"
     copy(source, out)
     (out / "mark").write_text("old")
@@ -480,6 +694,7 @@ def test_if_replacing_fails_the_earlier_result_is_put_back(ckpt, tmp_path, monke
         if ".partial-" in self.name and self.is_dir():
             raise error("no")
         return rename(self, target)
+
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(error):
         copy(source, out, overwrite=True)
@@ -496,7 +711,9 @@ def test_a_hub_caches_links_are_read_and_copied_as_the_files_they_lead_to(ckpt, 
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_a_checkpoint_is_named_after_its_folder_and_in_a_hub_cache_after_the_model(ckpt, tmp_path, monkeypatch):
+def test_a_checkpoint_is_named_after_its_folder_and_in_a_hub_cache_after_the_model(
+    ckpt, tmp_path, monkeypatch
+):
     monkeypatch.chdir(ckpt)
     assert (Checkpoint(".").name, Checkpoint(".").hub_id) == ("tiny", None)
     source = Checkpoint(tiny.hub_cache(ckpt, tmp_path / "hub"))

@@ -147,9 +147,10 @@ def from_sentencepiece(path: Path, data: bytes, settings: dict) -> Tokenizer:
 def space_in_front(settings: dict) -> str:
     """Where sentencepiece's text gets a space in front, by the files beside the model.
 
-    "model": as the model file says: there are no others, or they leave it to the model. "first", "always": the text, or every
-    text between added tokens, unless it starts with a space. "never". "everywhere", "nowhere": a
-    normalizer of tokenizer.json does it, before tokens marked `normalized` are looked for.
+    "model": as the model file says: there are no others, or they leave it to the model. "first",
+    "always": the text, or every text between added tokens, unless it starts with a space. "never".
+    "everywhere", "nowhere": a normalizer of tokenizer.json does it, before tokens marked
+    `normalized` are looked for.
     """
     config, data = settings["tokenizer_config"], settings["tokenizer"]
     if (not config and not data) or config.get("sentencepiece_normalizes"):
