@@ -47,11 +47,13 @@ def relative_error(output: Tensor, target: Tensor, start: Tensor) -> float:
 
     It is the error of a block relative to what should have been added to the stream. All three are
     streams (N, T, C): after the block under test, after the blocks that it stands for, and before
-    both. Tokens to which nothing should have been added do not count.
+    both. Tokens to which nothing should have been added do not count; without any other the error
+    is 0.
     """
     error = (output.double() - target.double()).norm(dim=-1)
     change = (target.double() - start.double()).norm(dim=-1)
-    return float((error / change)[change > 0].mean().nan_to_num())
+    counted = (error / change)[change != 0]
+    return float(counted.mean()) if len(counted) else 0.0
 
 
 def through(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
@@ -245,6 +247,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.window < 2 or (args.max_windows is not None and args.max_windows < 1):
         raise ValueError("--window must be at least 2, and --max-windows at least 1")
+    if args.prompt and args.stream:
+        raise ValueError("--prompt needs the whole model in memory, which --stream avoids; "
+                         "give one of them")
     if args.prompt:
         args.prompt.encode("utf-8")  # a ValueError now rather than a crash inside a tokenizer
     sources = [Checkpoint(path) for path in args.ckpt]  # all, before the first takes its time

@@ -34,7 +34,14 @@ from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
 from console import progress
-from console.options import PAPER, add_run_options, compute_dtype, defaults, describe_run
+from console.options import (
+    DTYPES,
+    PAPER,
+    add_run_options,
+    compute_dtype,
+    defaults,
+    describe_run,
+)
 from console.report import explain, row
 from evaluate import compare, probe, relative_error, through, windows_of
 from model import Runner, check_finite, embed
@@ -44,6 +51,7 @@ from text.wikitext import PYTHON, held_out_text
 
 BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
 QUICK_WINDOWS = 64  # of held-out text judge the quick start
+SETTINGS = {"samples", "length", "seed", "ridge", "data", "dtype"}  # step 4 takes these from step 3
 READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
                                     "self_attn.v_proj.weight"),
          "post_attention_layernorm.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
@@ -148,8 +156,8 @@ def merge_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner,
 
     xs (N, T, C) is the stream that enters the first group. It passes through every new block, in
     place, so each group is merged on what the compressed model will feed it. The two callables are
-    the halves of a merge; `paper` makes the paper's. ValueError, naming the group, if anything
-    becomes NaN or infinite.
+    the halves of a merge; `paper` makes the paper's. ValueError, naming the group, if a weight or
+    a statistic of the text becomes NaN or infinite.
     """
     for group in groups:
         with console.naming(f"blocks {group}"):
@@ -370,8 +378,8 @@ def read_record(source: Checkpoint) -> dict:
         record = read_json(path)
         widths = tuple(len(group["blocks"]) for group in record["groups"])
         similarities = [group["similarity"] for group in record["groups"]]
-        fits = (widths == source.config.widths and isinstance(record["settings"], dict)
-                and isinstance(record["command"], str)
+        fits = (widths == source.config.widths and record["settings"].keys() >= SETTINGS
+                and record["settings"]["dtype"] in DTYPES and isinstance(record["command"], str)
                 and all(isinstance(value, float) for value in similarities))
     except (OSError, KeyError, TypeError, AttributeError):
         fits = False
@@ -383,12 +391,13 @@ def read_record(source: Checkpoint) -> dict:
 
 def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
     """Do step 4 on a checkpoint that was saved after step 3. Its settings are the defaults."""
-    for name, unset in (("keep_wide", False), ("ratio", 0.2), ("max_group", None)):
+    for name, unset in (("keep_wide", False), ("ratio", 0.2), ("max_group", None),
+                        ("explain", False)):
         if getattr(args, name) != unset:
             raise ValueError(f"--{name.replace('_', '-')} is for a model that has not been "
                              f"flattened; {source.path} has been")
     record = read_record(source)
-    defaults(args, record["settings"])
+    defaults(args, {name: record["settings"][name] for name in SETTINGS})
     out = args.out or Path("out") / f"{source.name}-pruned"
     with Writer(out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)

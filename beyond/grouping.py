@@ -15,7 +15,7 @@ from torch import Tensor
 from console import progress
 from evaluate import readout
 from flatten import merge_groups
-from model import Runner, batches, embed
+from model import Runner, batches, check_finite, embed
 
 LARGEST = 3     # blocks in a group
 BUILD = 16      # one window in 16 is for making trial merges
@@ -97,6 +97,7 @@ def damages(source, tokens: Tensor, runner: Runner,
             for block in [merged, *(source.block(k) for k in range(j + 1, L))]:
                 runner.run_block(block, ys)
             damage[i, j] = divergence(logits_of, judge[L], ys, runner.device)
+            check_finite({"its predictions": torch.tensor(damage[i, j])}, f"blocks {i}-{j} merged")
     return damage
 
 

@@ -169,7 +169,10 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def publish(folder: Path, out: Path, overwrite: bool) -> None:
-    """Move the complete folder to its final name. What it replaces is removed at the very end."""
+    """Move the complete folder to its final name. What it replaces is removed at the very end.
+
+    If that fails, the earlier result goes back, or stays in a hidden folder beside it.
+    """
     if not overwrite or not out.exists():
         if out.exists():
             raise ValueError(f"{out} appeared while this was running; it is left as it is")
@@ -180,8 +183,9 @@ def publish(folder: Path, out: Path, overwrite: bool) -> None:
         out.rename(old / out.name)
         folder.rename(out)
     except BaseException:
-        if not out.exists():
+        if (old / out.name).exists() and not out.exists():
             (old / out.name).rename(out)
+        with contextlib.suppress(OSError):
+            old.rmdir()  # only if it is empty
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -101,6 +101,9 @@ def log_likelihoods(source: Checkpoint, pairs: list[tuple[list[int], list[int]]]
         for T, batch in batches.items():
             for r, states in zip(batch, streams[T], strict=True):
                 end = len(inputs[r])
+                if not pairs[r][1]:
+                    raise ValueError("a choice adds no token to its question: "
+                                     "this tokenizer cannot be scored on it")
                 start = end - min(len(pairs[r][1]), end)     # states that predict the continuation
                 logits = logits_of(states[start:end].to(device)).float()
                 targets = torch.tensor(texts[r][start + 1:], device=logits.device)

@@ -29,7 +29,9 @@ def run(main: Callable[[], None]) -> None:
         stopped.append(number)
         raise KeyboardInterrupt
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), stop)  # a kill or a lost connection cleans up, too
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores one, and is obeyed
+            signal.signal(number, stop)                 # a kill or a lost connection cleans up, too
     try:
         main()
     except KeyboardInterrupt:
@@ -101,9 +103,11 @@ def progress(items: Iterable, what: str, total: int) -> Iterator:
 def command(script: str, **arguments) -> str:
     """Write out the command that repeats a run: python SCRIPT --name value ...
 
+    SCRIPT is a file, or "-m" and a module.
+
     An argument that is True becomes a flag without value. None and False leave it out.
     """
-    words = ["python", script]
+    words = ["python", *script.split()]
     for name, value in arguments.items():
         if value is True:
             words.append(f"--{name}")

@@ -3,6 +3,7 @@
 Each step is held against its definition.
 """
 import itertools
+import json
 
 import pytest
 import tiny
@@ -475,9 +476,11 @@ def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_f
                                                                     group_by):
     run = ["--ckpt", ckpt, "--data", text_file, "--samples", 8, "--length", 32, "--ratio", 0.2,
            "--group-by", group_by]
-    for name in ("a", "b"):
-        code, out, err = cli(refit.main, *run, "--out", tmp_path / name)
-        assert (code, err) == (0, "") and "refit" in out
+    code, out, err = cli(refit.main, *run, "--out", tmp_path / "a")
+    assert (code, err) == (0, "") and "refit" in out
+    words = json.loads((tmp_path / "a" / "flatten.json").read_text())["command"].split()
+    assert words[:3] == ["python", "-m", "beyond.refit"]
+    assert cli(refit.main, *words[3:], "--out", tmp_path / "b")[0] == 0
     for path in (tmp_path / "a").iterdir():
         assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
     transformers = pytest.importorskip("transformers")

@@ -150,7 +150,7 @@ def test_the_record_says_how_to_repeat_the_run(tmp_path, ckpt, run, cli):
 def test_flattening_and_pruning_apart_equal_the_one_step_run(tmp_path, run, family, dtype, compute):
     path = tiny.checkpoint(tmp_path / "m", dtype=dtype, **FAMILIES[family])
     settings = ["--ckpt", path, "--ratio", 0.35, "--ridge", 3, "--seed", 5, "--dtype", compute,
-                *SHORT]
+                "--max-group", 4, *SHORT]
     run(flatten.main, *settings, "--out", tmp_path / "one")
     run(flatten.main, *settings, "--out", tmp_path / "wide", "--keep-wide")
     run(flatten.main, "--ckpt", tmp_path / "wide", "--out", tmp_path / "two")
@@ -159,12 +159,16 @@ def test_flattening_and_pruning_apart_equal_the_one_step_run(tmp_path, run, fami
     changed = {name for name in one if one[name] != two[name]}
     assert changed == {"flatten.json", "README.md"}  # which name the command
     one, two = record_of(tmp_path / "one"), record_of(tmp_path / "two")
-    assert one["settings"] == two["settings"] | {"max_group": None}
+    assert one["settings"] == two["settings"] | {"max_group": 4}
     assert one["parameters_after"] == two["parameters_after"]
     assert two["command"].startswith("python flatten.py")
     assert "--keep-wide" in two["flatten_command"] and two["errors_relative_to"] == "wide block"
     for a, b in zip(one["groups"], two["groups"], strict=True):
         assert a["blocks"] == b["blocks"] and a.get("channels") == b.get("channels")
+    words = record_of(tmp_path / "two")["command"].split()
+    run(flatten.main, *words[2:], "--out", tmp_path / "again")
+    again = hashes(tmp_path / "again")["model.safetensors"]
+    assert again == hashes(tmp_path / "two")["model.safetensors"]
 
 
 def test_a_wide_checkpoint_says_that_only_our_loader_reads_it(tmp_path, ckpt, run):
@@ -392,6 +396,7 @@ def spoil_record(change):
     (spoil_record(lambda r: r["groups"].pop()), "flatten.json"),
     (spoil_record(lambda r: r.update(groups=[1])), "flatten.json"),
     (spoil_record(lambda r: r["settings"].update(samples="8")), "samples"),
+    (spoil_record(lambda r: r["settings"].update(dtype="int4")), "flatten.json"),
     (spoil_record(lambda r: r["settings"].update(ridge="x")), "--ridge"), (poison, "blocks [2]")])
 def test_a_spoilt_wide_checkpoint_is_refused(tmp_path, wide, run, spoil, message):
     spoil(wide)
