@@ -6,7 +6,7 @@ import tiny
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other cost more
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture
