@@ -178,19 +178,24 @@ def perplexity(path: str | Path, text: str, window: int = 2048, limit: int | Non
 def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
             limit: int | None = None, device: str = "cpu", dtype: str | None = None,
             stream: bool = False) -> None:
-    """Print the protocol and a table of perplexities, with a row for each checkpoint.
+    """Print the protocol and a table of perplexities, each row as soon as it is known.
 
     `name` says what the text is. Notes about the text and the checkpoints follow the table, each of
     them once.
     """
-    rows, notes, dtypes = [], [], []
-    for source in [Checkpoint(path) for path in paths]:
-        kind = compute_dtype(dtype, device, source.dtype)
+    sources, notes = [Checkpoint(path) for path in paths], []
+    dtypes = [compute_dtype(dtype, device, source.dtype) for source in sources]
+    print(f"perplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own "
+          "BOS at the start of the text, loss in float32, model in "
+          + ", ".join(dict.fromkeys(str(kind).removeprefix("torch.") for kind in dtypes)))
+    print("| checkpoint | parameters | blocks | size | perplexity | tokens/s |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for source, kind in zip(sources, dtypes, strict=True):
         score = perplexity(source.path, text, window, limit, device, kind, stream)
         parameters, size = source.size()
-        rows.append(f"| {source.name} | {parameters:,} | {source.config.num_hidden_layers} | "
-                    f"{size / 1e6:,.1f} MB | {score.perplexity:.4f} | "
-                    f"{score.windows * window / score.seconds:,.0f} |")
+        print(f"| {source.name} | {parameters:,} | {source.config.num_hidden_layers} | "
+              f"{size / 1e6:,.1f} MB | {score.perplexity:.4f} | "
+              f"{score.windows * window / score.seconds:,.0f} |", flush=True)
         context = source.config.max_position_embeddings
         if context and window > context:
             notes.append(f"({source.name} was made for at most {context} tokens: "
@@ -198,13 +203,7 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
         subset = f", SUBSET: the first {score.windows} windows only" if limit else ""
         notes.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}"
                      f"{subset})")
-        dtypes.append(str(kind).removeprefix("torch."))
-    print(f"perplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own "
-          "BOS at the start of the text, loss in float32, model in "
-          + ", ".join(dict.fromkeys(dtypes)))
-    print("| checkpoint | parameters | blocks | size | perplexity | tokens/s |")
-    print("|---|---|---|---|---|---|")
-    print("\n".join([*rows, *dict.fromkeys(notes)]))
+    print("\n".join(dict.fromkeys(notes)))
 
 
 # ---- samples
