@@ -198,8 +198,8 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
               f"{score.windows * window / score.seconds:,.0f} |", flush=True)
         context = source.config.max_position_embeddings
         if context and window > context:
-            notes.append(f"({source.name} was made for at most {context} tokens: "
-                         f"--window {context})")
+            notes.append(f"({source.name} was made for texts of at most {context} tokens; "
+                         f"these windows have {window})")
         subset = f", SUBSET: the first {score.windows} windows only" if limit else ""
         notes.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}"
                      f"{subset})")

@@ -21,6 +21,7 @@ is an ordinary checkpoint with fewer blocks. Paper: FlattenGPT, arXiv 2602.08858
 """
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,7 +294,7 @@ def check_flattenable(source: Checkpoint) -> None:
     """ValueError for a checkpoint whose blocks cannot be joined."""
     if source.is_wide:
         raise ValueError(f"{source.path} has been flattened already (--keep-wide); "
-                         f"python flatten.py --ckpt {source.path} does the rest")
+                         f"python flatten.py --ckpt {shlex.quote(str(source.path))} does the rest")
     if len(set(source.config.layer_types)) > 1:
         raise ValueError(f"{source.path}/config.json: layer_types mixes sliding and full "
                          "attention; such blocks cannot be joined")
@@ -363,7 +364,8 @@ def main() -> None:
                                                     ratio=args.ratio, keep_wide=args.keep_wide)}
         record = writer.finish(groups, record, args.keep_wide)
     if args.keep_wide:
-        print(f"the blocks are wide still: python flatten.py --ckpt {args.out} prunes them")
+        print("the blocks are wide still: "
+              f"python flatten.py --ckpt {shlex.quote(str(args.out))} prunes them")
     if args.explain:
         explain(reports, S, source.config)
     conclude(source, args, record)
@@ -414,7 +416,8 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
         record |= {"flatten_command": record["command"], "errors_relative_to": "wide block",
                    **describe_run("flatten.py", args, tokens, text, runner.dtype)}
         record = writer.finish([report["blocks"] for report in record["groups"]], record)
-    print(f"wrote {out}: {record['parameters_after']:,} parameters")
+    print(f"wrote {out}: {len(groups)} blocks, {record['parameters_after']:,} parameters; "
+          "errors are relative to the wide blocks")
 
 
 if __name__ == "__main__":

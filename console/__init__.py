@@ -27,7 +27,8 @@ def run(main: Callable[[], None]) -> None:
 
     def stop(number: int, frame) -> None:
         stopped.append(number)
-        raise KeyboardInterrupt
+        if len(stopped) == 1:  # further signals must not disturb the cleaning up
+            raise KeyboardInterrupt
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         number = getattr(signal, name)
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores one, and is obeyed
@@ -67,7 +68,9 @@ def naming(where: str) -> Iterator[None]:
 def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """Make a command-line parser whose errors are one line. Its --help ends with `epilog`."""
     global running
-    running = made = argparse.ArgumentParser(description=description, epilog=epilog,
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # set if started with python -m
+    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
+    running = made = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog,
                                              formatter_class=argparse.RawDescriptionHelpFormatter)
     made.error = lambda message: fail(f"{message}; {made.prog} --help shows what there is")
     return made

@@ -59,6 +59,8 @@ def fetch(folder: Path) -> Path:
 
 def check_hash(path: Path, size: int, sha256: str) -> None:
     """ValueError unless a file has this size in bytes and this SHA-256."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     if path.stat().st_size != size:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes instead of {size:,}; "
                          "download it again")

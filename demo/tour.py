@@ -1,6 +1,6 @@
 """Show what each step of the method costs on the bundled checkpoint, next to dropping blocks.
 
-    python -m demo                 a table and two samples; about 20 seconds
+    python -m demo                 a table and two samples; less than a minute
     python -m demo --ratio 0.4
 """
 import argparse
