@@ -185,13 +185,14 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
     """
     sources, notes = [Checkpoint(path) for path in paths], []
     dtypes = [compute_dtype(dtype, device, source.dtype) for source in sources]
-    print(f"perplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's own "
-          "BOS at the start of the text, loss in float32, model in "
-          + ", ".join(dict.fromkeys(str(kind).removeprefix("torch.") for kind in dtypes)))
-    print("| checkpoint | parameters | blocks | size | perplexity | tokens/s |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for source, kind in zip(sources, dtypes, strict=True):
+    kinds = dict.fromkeys(str(kind).removeprefix("torch.") for kind in dtypes)
+    for k, (source, kind) in enumerate(zip(sources, dtypes, strict=True)):
         score = perplexity(source.path, text, window, limit, device, kind, stream)
+        if k == 0:  # nothing has been wrong with the request
+            print(f"perplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's "
+                  f"own BOS at the start of the text, loss in float32, model in {', '.join(kinds)}")
+            print("| checkpoint | parameters | blocks | size | perplexity | tokens/s |")
+            print("|---|---|---|---|---|---|")
         parameters, size = source.size()
         print(f"| {source.name} | {parameters:,} | {source.config.num_hidden_layers} | "
               f"{size / 1e6:,.1f} MB | {score.perplexity:.4f} | "
