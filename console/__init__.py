@@ -31,8 +31,9 @@ def run(main: Callable[[], None]) -> None:
             raise KeyboardInterrupt
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         number = getattr(signal, name)
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores one, and is obeyed
-            signal.signal(number, stop)                 # a kill or a lost connection cleans up, too
+        nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if not nohup:
+            signal.signal(number, stop)  # a kill or a lost connection cleans up, too
     try:
         main()
     except KeyboardInterrupt:
