@@ -201,14 +201,15 @@ def with_errors(blocks: Iterator[tuple[Weights, dict]], source, groups: list[lis
     for group in groups:
         start = probe(xs)
         block, report = next(blocks)
+        if len(group) == 1 and not report:  # a block that was not touched
+            yield block, report
+            continue
         members = [source.block(i) for i in group]
-        wide = flatten_blocks(members)
+        wide, target = flatten_blocks(members), through(members, start, runner)
         if len(group) > 1:
-            target = through(members, start, runner)
             flattened = through([wide], start, runner)
             report["error_flattened"] = relative_error(flattened, target, start)
         if "channels" in report:
-            target = through(members, start, runner)
             selected = through([selection(wide, report, runner.config)], start, runner)
             report["error_selected"] = relative_error(selected, target, start)
             report["error_compensated"] = relative_error(xs[:len(start)], target, start)

