@@ -69,7 +69,7 @@ def probe(xs: Tensor) -> Tensor:
     return xs[:max(1, len(xs) // 16)].clone()
 
 
-# ---- losses
+# ---- losses, and the divergence of two models
 
 def windows_of(ids: Tensor, window: int, limit: int | None = None) -> Tensor:
     """Cut token ids (tokens,) into windows (N, window) without overlap, and drop the tail.
@@ -141,6 +141,24 @@ def final_losses(outer: Weights, xs: Tensor, windows: Tensor, runner: Runner) ->
         states, ids = xs[rows].to(runner.device), windows[rows].to(runner.device)
         means.append(window_losses(logits_of, states, ids).cpu())
     return torch.cat(means)
+
+
+@torch.inference_mode()
+def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor,
+               device: torch.device) -> float:
+    """Return the mean over tokens of KL(p || q), in nats.
+
+    p_of makes the logits of p from states xs (N, T, C), and q_of those of q from ys. Logits exist
+    for 1024 tokens at a time, as above.
+    """
+    total = 0.0
+    for rows in batches(xs):
+        pieces = (states[rows].flatten(0, 1).split(1024) for states in (xs, ys))
+        for x, y in zip(*pieces, strict=True):
+            p = p_of(x.to(device)).float().log_softmax(-1)
+            q = q_of(y.to(device)).float().log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum())
+    return total / (xs.shape[0] * xs.shape[1])
 
 
 # ---- perplexity

@@ -13,30 +13,14 @@ import torch
 from torch import Tensor
 
 from console import progress
-from evaluate import readout
+from evaluate import divergence, readout
 from flatten import merge_groups
-from model import Runner, batches, check_finite, embed
+from model import Runner, check_finite, embed
 
 LARGEST = 3     # blocks in a group
 BUILD = 16      # one window in 16 is for making trial merges
 
 Damage = dict[tuple[int, int], float]  # (first, last) block of a group -> divergence
-
-
-@torch.inference_mode()
-def divergence(logits_of: Callable, xs: Tensor, ys: Tensor, device: torch.device) -> float:
-    """Return the mean over tokens of KL(p || q), in nats.
-
-    p is what the model predicts from the streams xs (N, T, C), q what it predicts from ys.
-    """
-    total = 0.0
-    for rows in batches(xs):
-        # logits are large, hence 1024 tokens at a time
-        pieces = (stream[rows].flatten(0, 1).split(1024) for stream in (xs, ys))
-        for x, y in zip(*pieces, strict=True):
-            p, q = (logits_of(states.to(device)).float().log_softmax(-1) for states in (x, y))
-            total += float((p.exp() * (p - q)).sum())
-    return total / (xs.shape[0] * xs.shape[1])
 
 
 def split(tokens: Tensor, L: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +80,7 @@ def damages(source, tokens: Tensor, runner: Runner,
             ys = judge[i].clone()
             for block in [merged, *(source.block(k) for k in range(j + 1, L))]:
                 runner.run_block(block, ys)
-            damage[i, j] = divergence(logits_of, judge[L], ys, runner.device)
+            damage[i, j] = divergence(logits_of, judge[L], logits_of, ys, runner.device)
             check_finite({"its predictions": torch.tensor(damage[i, j])}, f"blocks {i}-{j} merged")
     return damage
 

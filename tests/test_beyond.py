@@ -424,17 +424,6 @@ def test_more_merges_than_the_tried_groups_allow_are_refused():
         grouping.least_damage({(i, i + 1): 1.0 for i in range(3)}, 4, 3)
 
 
-def test_divergence_is_the_kl_between_predictions():
-    xs, ys = randn(2, 5, 4), randn(2, 5, 4, seed=1)
-    log_p, log_q = xs.log_softmax(-1), ys.log_softmax(-1)
-    expected = float(F.kl_div(log_q, log_p, log_target=True, reduction="sum")) / 10  # tokens
-
-    def divergence(a, b):
-        return grouping.divergence(lambda states: states, a, b, torch.device("cpu"))
-    assert divergence(xs, ys) == pytest.approx(expected, rel=1e-5)
-    assert divergence(xs, xs) == 0
-
-
 @pytest.mark.parametrize("n, L", [(128, 24), (128, 32), (64, 24), (8, 5), (2, 80), (1, 5)])
 def test_other_windows_judge_a_trial_merge_than_made_it(n, L):
     build, judge = grouping.split(torch.arange(n)[:, None], L)

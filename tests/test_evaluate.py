@@ -46,6 +46,21 @@ def test_losses_in_pieces_are_the_mean_over_the_window(length):
     torch.testing.assert_close(window_losses(lambda x: x @ head.T, states, ids), expected)
 
 
+@pytest.mark.parametrize("length", [5, 1500])
+def test_divergence_is_the_kl_between_the_predictions_of_two_models(length):
+    """Each has a readout of its own. Windows of 1500 tokens are read in pieces."""
+    g = torch.Generator().manual_seed(0)
+    xs, ys = torch.randn(2, 3, length, 4, generator=g)
+    A, B = torch.randn(2, 4, 7, generator=g)
+    log_p, log_q = (xs @ A).log_softmax(-1), (ys @ B).log_softmax(-1)
+    expected = float(F.kl_div(log_q, log_p, log_target=True, reduction="sum")) / (3 * length)
+
+    def divergence(xs, W, ys, V):
+        return evaluate.divergence(lambda x: x @ W, xs, lambda y: y @ V, ys, torch.device("cpu"))
+    assert divergence(xs, A, ys, B) == pytest.approx(expected, rel=1e-5)
+    assert divergence(xs, A, xs, A) == 0
+
+
 @pytest.mark.parametrize("window", [16, 100])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "qwen3"}])
 def test_perplexity_equals_the_plain_loop_streamed_or_not(tmp_path, window, changes):
