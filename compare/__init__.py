@@ -7,6 +7,8 @@
     flattened.py    FlattenGPT and its ablations
     methods.py      the list of all methods
     harness.py      python -m compare: all methods side by side, into tables like those in results/
+    rows.py         the results that are kept, one row for each method, ratio and seed
+    tables.py       tables and figures of them
     zeroshot.py     python -m compare.zeroshot: multiple-choice questions
     tasks.py        how those questions are read and worded
     speed.py        python -m compare.speed: how fast the result reads and writes

@@ -14,18 +14,15 @@ OUT also gets the table (table.md) and, with matplotlib, two figures.
 """
 import argparse
 import hashlib
-import json
 import math
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,22 +33,15 @@ from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer, check_output
 from compare.methods import METHODS
 from compare.network import Calibration, Network, whole
+from compare.rows import DENSE, RESULTS, Cell, append_row, cell_of, finished, read_rows
+from compare.tables import figures, relative, table
 from console import progress
 from console.options import add_run_options, compute_dtype, defaults
 from evaluate import losses, windows_of
 from flatten import check_flattenable, merges_for_ratio
 from model import Runner
 from text.tokenizer import load_tokenizer
-from text.wikitext import calibration_text, evaluation_text, held_out_text, read
-
-DENSE = "dense"
-
-
-class Cell(NamedTuple):
-    """One method at one ratio with one seed of the calibration text."""
-    method: str
-    ratio: float
-    seed: int
+from text.wikitext import calibration_text, evaluation_text, held_out_text
 
 
 @dataclass(frozen=True)
@@ -132,6 +122,18 @@ def run_cell(bench: Bench, cell: Cell) -> tuple[dict, Network]:
             "seconds": seconds, "passes": text.passes}, network
 
 
+def try_cell(bench: Bench, cell: Cell, save_in: Path | None) -> dict:
+    """Run a cell, and save its checkpoint if wanted. Returns its row, which says why it failed."""
+    row = {**cell._asdict(), "commit": commit()}
+    try:
+        result, network = run_cell(bench, cell)
+        if save_in and network.ordinary and cell.method != DENSE:
+            save(network, bench.source, folder_of(cell, bench.source, save_in), row | result)
+        return row | result
+    except Exception as error:  # whatever it is, the other cells go on, and the row says why
+        return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
 def save(network: Network, source: Checkpoint, out: Path, record: dict) -> None:
     """Write the network as an ordinary checkpoint folder, with `record` as its flatten.json."""
     config = network.config
@@ -142,176 +144,6 @@ def save(network: Network, source: Checkpoint, out: Path, record: dict) -> None:
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_key_value_heads,
             "head_dim": config.head_dim, "intermediate_size": config.intermediate_size})
-
-
-def cell_of(row: dict) -> Cell:
-    """Return the cell that a row is about."""
-    return Cell(row["method"], row["ratio"], row["seed"])
-
-
-def is_result(row: dict) -> bool:
-    """Tell whether a row has the form in which this program writes one."""
-    try:
-        types = [type(value) for value in (*cell_of(row), row["commit"], row["settings"])]
-        if types != [str, float, int, str, dict]:
-            return False
-        if "error" in row:
-            return isinstance(row["error"], str)
-        numbers = [row[name] for name in ("parameters", "removed", "blocks", "seconds", "passes")]
-        return isinstance(row["ordinary"], bool) and all(map(math.isfinite, numbers)) and all(
-            row["perplexity"][name] > 0 for name in row["settings"]["windows"])
-    except (KeyError, TypeError, OverflowError):
-        return False
-
-
-def read_rows(path: Path, settings: dict) -> list[dict]:
-    """Return the finished cells of an earlier run with the same settings.
-
-    A last line that a kill has cut off is taken out of the file. ValueError if the file holds
-    anything else, or results with other settings.
-    """
-    if not path.exists():
-        return []
-    *lines, cut_off = read(path).decode("utf-8").split("\n")  # the last is empty in a whole file
-    if cut_off and not cut_off.startswith('{"method"'):
-        lines.append(cut_off)  # not the start of a row of ours: refused below
-    rows = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not is_result(row):
-            raise ValueError(f"{path} line {number} is not a result of this program; "
-                             "choose another --out")
-        if row["settings"] != settings:
-            raise ValueError(f"{path} holds results with other settings "
-                             f"({json.dumps(row['settings'])[:300]}); choose another --out")
-        rows[cell_of(row)] = row
-    if cut_off:
-        path.write_text("".join(line + "\n" for line in lines))
-    return list(rows.values())
-
-
-def summary(values: list[float]) -> str:
-    """Return the mean as text, with the standard deviation over seeds if there are several."""
-    mean = statistics.mean(values)
-    digits = ".2f" if mean < 1000 else ",.0f"
-    deviation = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
-    return f"{mean:{digits}}{deviation}"
-
-
-def excess(row: dict, dense: dict, name: str) -> float:
-    """Return what compression has cost on a text, in nats a token.
-
-    It is the logarithm of the row's perplexity over the dense model's.
-    """
-    return math.log(row["perplexity"][name] / dense["perplexity"][name])
-
-
-def finished(rows: list[dict]) -> list[dict]:
-    """Leave out the rows of cells that failed."""
-    return [row for row in rows if "error" not in row]
-
-
-def dense_row(rows: list[dict]) -> dict | None:
-    """Return the dense model's row; None if it is not there or failed."""
-    return next((row for row in finished(rows) if row["method"] == DENSE), None)
-
-
-def table(rows: list[dict], texts: list[str]) -> str:
-    """Return a Markdown table: one line for each method and ratio, seeds summarised, best first.
-
-    After each perplexity comes the excess over the dense model, in nats a token.
-    """
-    dense, groups = dense_row(rows), {}
-    for row in rows:
-        groups.setdefault((row["ratio"], row["method"]), []).append(row)
-
-    def order(ratio_and_method: tuple[float, str]) -> tuple[float, float]:
-        good = finished(groups[ratio_and_method])
-        mean = statistics.mean(row["perplexity"][texts[0]] for row in good) if good else math.inf
-        return ratio_and_method[0], mean
-    head = ["ratio asked", "method", "source", "removed", "blocks",
-            *(f"perplexity, {name}" for name in texts), "passes", "seconds"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for ratio, method in sorted(groups, key=order):
-        same = groups[ratio, method]
-        good, errors = finished(same), [row["error"] for row in same if "error" in row]
-        source = METHODS[method][1] if method in METHODS else ""
-        start = f"| {ratio or ''} | {method} | {source} | "
-        if not good:
-            lines.append(f"{start}failed: {errors[0]} |" + " |" * (3 + len(texts)))
-            continue
-        removed = f"{statistics.mean(row['removed'] for row in good):.4f}"
-        if errors:
-            removed += f" ({len(errors)} of {len(same)} seeds failed: {errors[0]})"
-        cost = []
-        for name in texts:
-            cost.append(summary([row["perplexity"][name] for row in good]))
-            if dense and method != DENSE:
-                cost[-1] += f" ({statistics.mean(excess(row, dense, name) for row in good):+.4f})"
-        passes, seconds = (f"{statistics.mean(row[what] for row in good):.1f}"
-                           for what in ("passes", "seconds"))
-        values = [removed, str(good[0]["blocks"]), *cost, passes, seconds]
-        lines.append(f"{start}{' | '.join(values)} |")
-    return "\n".join(lines)
-
-
-def relative(rows: list[dict], texts: list[str], reference: str = "flattengpt") -> str:
-    """Return a Markdown table: each method's excess over the reference's at the same ratio.
-
-    Excesses are means over seeds. Without a dense row or the reference there is no table, but "".
-    Ratios at which the reference costs nothing are left out.
-    """
-    good, dense = finished(rows), dense_row(rows)
-
-    def mean_excess(ratio: float, method: str, text: str) -> float:
-        same = [row for row in good if (row["ratio"], row["method"]) == (ratio, method)]
-        return statistics.mean(excess(row, dense, text) for row in same) if same and dense else 0.0
-    lines = []
-    for ratio, method in sorted({(row["ratio"], row["method"]) for row in good} - {(0.0, DENSE)}):
-        theirs = [mean_excess(ratio, reference, text) for text in texts]
-        if method != reference and theirs[0] > 0:
-            ratios = [f"{mean_excess(ratio, method, text) / their:.2f}" if their > 0 else "-"
-                      for text, their in zip(texts, theirs, strict=True)]
-            lines.append(f"| {ratio} | {method} | {' | '.join(ratios)} |")
-    if not lines:
-        return ""
-    head = [f"excess relative to {reference}'s:", "",
-            f"| ratio asked | method | {' | '.join(texts)} |", "|---" * (2 + len(texts)) + "|"]
-    return "\n".join(head + lines)
-
-
-def figures(rows: list[dict], text: str, out: Path) -> str:
-    """Draw perplexity against parameters removed and against seconds. Says what was drawn."""
-    try:
-        import matplotlib
-        matplotlib.use("svg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return "no figures: they need matplotlib (pip install matplotlib)"
-    dense, good = dense_row(rows), [row for row in finished(rows) if row["method"] != DENSE]
-    if not good:
-        return "nothing to draw"
-    matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same drawing, the same bytes
-    for quantity, label, scale, line in (("removed", "parameters removed", "linear", "-"),
-                                         ("seconds", "seconds of compression", "log", "")):
-        fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-        for number, method in enumerate(dict.fromkeys(row["method"] for row in good)):
-            points = sorted((row[quantity], row["perplexity"][text])
-                            for row in good if row["method"] == method)
-            ours = method == "flattengpt"
-            ax.plot(*zip(*points, strict=True), marker="osv^Dx+*"[number % 8], label=method,
-                    markersize=5, linestyle=line, linewidth=2.5 if ours else 0.8,
-                    zorder=3 if ours else 2)
-        if dense:
-            ax.axhline(dense["perplexity"][text], color="#888888", linewidth=0.8, linestyle=":")
-        ax.set(xlabel=label, ylabel=f"perplexity, {text}", yscale="log", xscale=scale)
-        ax.legend(fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        fig.savefig(out / f"{quantity}.svg", metadata={"Date": None})
-        plt.close(fig)
-    return f"figures: {out}/removed.svg, {out}/seconds.svg"
 
 
 def commit() -> str:
@@ -416,35 +248,30 @@ def title_of(bench: Bench, rows: list[dict]) -> str:
             f"commit {', '.join(sorted({row['commit'] for row in rows}))}")
 
 
+def report(bench: Bench, rows: list[dict]) -> str:
+    """Return what was measured, and the tables, in Markdown."""
+    texts = list(bench.judged)
+    parts = [title_of(bench, rows), f"`python -m compare {shlex.join(sys.argv[1:])}`",
+             table(rows, texts), relative(rows, texts)]
+    return "\n\n".join(filter(None, parts))
+
+
 def main() -> None:
     args = parse_args()
     source = Checkpoint(args.ckpt)
     bench = prepare(source, args)
-    settings, texts = bench.settings(), list(bench.judged)
+    settings = bench.settings()
     out = args.out or Path("out") / f"compare-{source.name}"
-    results = out / "results.jsonl"
-    rows = read_rows(results, settings)
-    if out.exists() and not results.is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not a result of this program (no results.jsonl); "
-                         "choose another --out")
+    rows = read_rows(out, settings)
     left = cells_left(rows, args, source)
     out.mkdir(parents=True, exist_ok=True)
     for cell in progress(left, "compare: cells", len(left)):
-        row = {**cell._asdict(), "commit": commit()}
-        try:
-            result, network = run_cell(bench, cell)
-            if args.save and network.ordinary and cell.method != DENSE:
-                save(network, source, folder_of(cell, source, args.save), row | result)
-            row |= result
-        except Exception as error:  # whatever it is, the other cells go on, and the row says why
-            row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        row = try_cell(bench, cell, args.save) | {"settings": settings}
+        append_row(out, row)
         rows = [old for old in rows if cell_of(old) != cell] + [row]
-        with open(results, "a") as file:
-            file.write(json.dumps(row | {"settings": settings}) + "\n")
-    parts = [title_of(bench, rows), f"`python -m compare {shlex.join(sys.argv[1:])}`",
-             table(rows, texts), relative(rows, texts)]
-    report = "\n\n".join(filter(None, parts))
-    (out / "table.md").write_text(report + "\n")
-    print(f"{report}\n\nwrote {out}/results.jsonl, {out}/table.md; {figures(rows, texts[0], out)}")
+    text = report(bench, rows)
+    (out / "table.md").write_text(text + "\n")
+    drawn = figures(rows, next(iter(bench.judged)), out)
+    print(f"{text}\n\nwrote {out}/{RESULTS}, {out}/table.md; {drawn}")
     if all("error" in row for row in rows):
         raise ValueError(f"every cell failed, the first with: {rows[0]['error']}")

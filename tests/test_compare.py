@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint.reader import Checkpoint
-from compare import dropping, flattened, harness, merging, width
+from compare import dropping, flattened, harness, merging, tables, width
 from compare.methods import METHODS
 from compare.network import Calibration, Network, whole
 from evaluate import losses
@@ -443,9 +443,9 @@ def test_relative_excess_is_a_ratio_of_logarithms():
              ("last", 0.2, 0.5), ("last", 0.4, 1.0)]
     rows = [{"method": method, "ratio": ratio, "perplexity": {"t": 10 * math.exp(cost)}}
             for method, ratio, cost in costs]
-    text = harness.relative(rows, ["t"])
+    text = tables.relative(rows, ["t"])
     assert text.splitlines()[4:] == ["| 0.2 | last | 2.50 |"]
-    assert harness.relative(rows[:1], ["t"]) == ""
+    assert tables.relative(rows[:1], ["t"]) == ""
 
 
 def test_compare_does_not_mix_results_of_other_settings(ckpt, text_file, cli, tmp_path):

@@ -1,0 +1,118 @@
+"""Results as tables and figures: seeds summarised, methods side by side."""
+import math
+import statistics
+from pathlib import Path
+
+from compare.methods import METHODS
+from compare.rows import DENSE, dense_row, finished
+
+
+def summary(values: list[float]) -> str:
+    """Return the mean as text, with the standard deviation over seeds if there are several."""
+    mean = statistics.mean(values)
+    digits = ".2f" if mean < 1000 else ",.0f"
+    deviation = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
+    return f"{mean:{digits}}{deviation}"
+
+
+def excess(row: dict, dense: dict, name: str) -> float:
+    """Return what compression has cost on a text, in nats a token.
+
+    It is the logarithm of the row's perplexity over the dense model's.
+    """
+    return math.log(row["perplexity"][name] / dense["perplexity"][name])
+
+
+def table(rows: list[dict], texts: list[str]) -> str:
+    """Return a Markdown table: one line for each method and ratio, seeds summarised, best first.
+
+    After each perplexity comes the excess over the dense model, in nats a token.
+    """
+    dense, groups = dense_row(rows), {}
+    for row in rows:
+        groups.setdefault((row["ratio"], row["method"]), []).append(row)
+
+    def order(ratio_and_method: tuple[float, str]) -> tuple[float, float]:
+        good = finished(groups[ratio_and_method])
+        mean = statistics.mean(row["perplexity"][texts[0]] for row in good) if good else math.inf
+        return ratio_and_method[0], mean
+    head = ["ratio asked", "method", "source", "removed", "blocks",
+            *(f"perplexity, {name}" for name in texts), "passes", "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for ratio, method in sorted(groups, key=order):
+        same = groups[ratio, method]
+        good, errors = finished(same), [row["error"] for row in same if "error" in row]
+        source = METHODS[method][1] if method in METHODS else ""
+        start = f"| {ratio or ''} | {method} | {source} | "
+        if not good:
+            lines.append(f"{start}failed: {errors[0]} |" + " |" * (3 + len(texts)))
+            continue
+        removed = f"{statistics.mean(row['removed'] for row in good):.4f}"
+        if errors:
+            removed += f" ({len(errors)} of {len(same)} seeds failed: {errors[0]})"
+        cost = []
+        for name in texts:
+            cost.append(summary([row["perplexity"][name] for row in good]))
+            if dense and method != DENSE:
+                cost[-1] += f" ({statistics.mean(excess(row, dense, name) for row in good):+.4f})"
+        passes, seconds = (f"{statistics.mean(row[what] for row in good):.1f}"
+                           for what in ("passes", "seconds"))
+        values = [removed, str(good[0]["blocks"]), *cost, passes, seconds]
+        lines.append(f"{start}{' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def relative(rows: list[dict], texts: list[str], reference: str = "flattengpt") -> str:
+    """Return a Markdown table: each method's excess over the reference's at the same ratio.
+
+    Excesses are means over seeds. Without a dense row or the reference there is no table, but "".
+    Ratios at which the reference costs nothing are left out.
+    """
+    good, dense = finished(rows), dense_row(rows)
+
+    def mean_excess(ratio: float, method: str, text: str) -> float:
+        same = [row for row in good if (row["ratio"], row["method"]) == (ratio, method)]
+        return statistics.mean(excess(row, dense, text) for row in same) if same and dense else 0.0
+    lines = []
+    for ratio, method in sorted({(row["ratio"], row["method"]) for row in good} - {(0.0, DENSE)}):
+        theirs = [mean_excess(ratio, reference, text) for text in texts]
+        if method != reference and theirs[0] > 0:
+            ratios = [f"{mean_excess(ratio, method, text) / their:.2f}" if their > 0 else "-"
+                      for text, their in zip(texts, theirs, strict=True)]
+            lines.append(f"| {ratio} | {method} | {' | '.join(ratios)} |")
+    if not lines:
+        return ""
+    head = [f"excess relative to {reference}'s:", "",
+            f"| ratio asked | method | {' | '.join(texts)} |", "|---" * (2 + len(texts)) + "|"]
+    return "\n".join(head + lines)
+
+
+def figures(rows: list[dict], text: str, out: Path) -> str:
+    """Draw perplexity against parameters removed and against seconds. Says what was drawn."""
+    try:
+        import matplotlib
+        matplotlib.use("svg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "no figures: they need matplotlib (pip install matplotlib)"
+    dense, good = dense_row(rows), [row for row in finished(rows) if row["method"] != DENSE]
+    if not good:
+        return "nothing to draw"
+    matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same drawing, the same bytes
+    for quantity, label, scale, line in (("removed", "parameters removed", "linear", "-"),
+                                         ("seconds", "seconds of compression", "log", "")):
+        fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+        for number, method in enumerate(dict.fromkeys(row["method"] for row in good)):
+            points = sorted((row[quantity], row["perplexity"][text])
+                            for row in good if row["method"] == method)
+            ours = method == "flattengpt"
+            ax.plot(*zip(*points, strict=True), marker="osv^Dx+*"[number % 8], label=method,
+                    markersize=5, linestyle=line, linewidth=2.5 if ours else 0.8,
+                    zorder=3 if ours else 2)
+        if dense:
+            ax.axhline(dense["perplexity"][text], color="#888888", linewidth=0.8, linestyle=":")
+        ax.set(xlabel=label, ylabel=f"perplexity, {text}", yscale="log", xscale=scale)
+        ax.legend(fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        fig.savefig(out / f"{quantity}.svg", metadata={"Date": None})
+        plt.close(fig)
+    return f"figures: {out}/removed.svg, {out}/seconds.svg"
