@@ -3,7 +3,8 @@
 All have the same loader, the same calibration ids, the same evaluator, and the same number of
 parameters to remove. A cell is one method at one ratio with one seed of the calibration text.
 Methods that search (SLEB, LaCo and so on) judge each trial by the first --trials windows of it.
-Methods hold the whole model in memory.
+Methods hold the whole model in memory. The dense model is read once, and measured once a seed. The
+seconds and the pass of that count for every method that asks for it.
 
 Finished cells are kept in OUT/results.jsonl and not repeated; a failed cell is a row that says why.
 OUT also gets the table (table.md) and, with matplotlib, two figures.
@@ -21,7 +22,8 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ from calibrate import calibration_tokens
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer, check_output
 from compare.methods import METHODS
-from compare.network import Calibration, Network, whole
+from compare.network import Calibration, Measured, Network, whole
 from compare.rows import DENSE, RESULTS, Cell, append_row, cell_of, finished, read_rows
 from compare.tables import figures, relative, table
 from console import progress
@@ -46,7 +48,7 @@ from text.wikitext import calibration_text, evaluation_text, held_out_text
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cells have in common."""
+    """What all cells have in common. The dense model is read when the first cell asks for it."""
     source: Checkpoint
     calibration: str             # what text the methods see
     ids: Tensor                  # its tokens, (tokens,)
@@ -54,6 +56,18 @@ class Bench:
     samples: int                 # windows of calibration text
     trials: int                  # how many of them judge a trial
     runner: Runner
+    measured: dict[int, Measured] = field(default_factory=dict)  # seed -> what its cells share
+
+    @cached_property
+    def dense(self) -> Network:
+        """The dense model. No method changes it."""
+        return Network.of(self.source)
+
+    def text(self, seed: int) -> Calibration:
+        """Return the calibration text of a seed, with no pass counted yet."""
+        tokens = calibration_tokens(self.ids, self.samples, self.length, seed)
+        measured = self.measured.setdefault(seed, Measured())
+        return Calibration(tokens, self.runner, len(self.dense.blocks), self.trials, measured)
 
     @property
     def length(self) -> int:
@@ -101,16 +115,13 @@ def run_cell(bench: Bench, cell: Cell) -> tuple[dict, Network]:
 
     The results are sizes, the perplexity on each text, and the seconds and passes of compression.
     """
-    config, runner = bench.source.config, bench.runner
-    dense = Network.of(bench.source)
-    tokens = calibration_tokens(bench.ids, bench.samples, bench.length, cell.seed)
-    text = Calibration(tokens, runner, len(dense.blocks), bench.trials)
+    dense, runner, text = bench.dense, bench.runner, bench.text(cell.seed)
     start, network = time.monotonic(), dense
     if cell.method != DENSE:
         compress, _ = METHODS[cell.method]
-        n = merges_for_ratio(config, cell.ratio, config.num_hidden_layers)
+        n = merges_for_ratio(dense.config, cell.ratio, len(dense.blocks))
         network = compress(dense, n, text)
-    seconds, net = time.monotonic() - start, whole(network, runner)
+    seconds, net = time.monotonic() - start + text.saved, whole(network, runner)
     scores = {}
     for name, windows in bench.judged.items():
         scores[name] = math.exp(losses(net, windows, str(runner.device)).double().mean())

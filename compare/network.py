@@ -1,7 +1,9 @@
 """A model in memory, and calibration text that counts its passes: what all methods work on."""
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from evaluate import final_losses
 from model import Runner, Transformer, embed, move
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal only to itself: so it can be the key of a dictionary
 class Network:
     """A model in memory. `config`, `block` and `outer` are those of a Checkpoint.
 
@@ -80,25 +82,48 @@ def whole(network: Network, runner: Runner) -> Transformer:
     return Transformer(network.config, blocks, outer).eval().requires_grad_(False)
 
 
+@torch.inference_mode()
+def run(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
+    """Send streams xs (N, T, C) through blocks, in place. Returns xs."""
+    for weights in blocks:
+        step = module(weights, runner)
+        runner.update(xs, lambda x, step=step: step(x, runner.rope))
+    return xs
+
+
+# network -> what was measured, and the seconds it took; forgets a network that nobody uses any more
+Measured = WeakKeyDictionary[Network, tuple[calibrate.Measurement, float]]
+
+
 class Calibration:
     """Windows of calibration text (N, T) and the few things that methods ask of them.
 
     Methods that search try many networks; they judge each by the first `trials` windows only.
     `passes` counts how often the whole text has gone through as many blocks as the dense model has.
+
+    Calibrations of the same windows may share what they have `measured`. A network measured before
+    still counts as a pass, and its seconds are added to `saved`.
     """
 
-    def __init__(self, tokens: Tensor, runner: Runner, depth: int, trials: int = 16):
+    def __init__(self, tokens: Tensor, runner: Runner, depth: int, trials: int = 16,
+                 measured: Measured | None = None):
         self.tokens, self.runner, self.depth, self.trials = tokens, runner, depth, trials
-        self.passes = 0.0
-        self.measured, self.measurement = None, None  # the last network, and what was measured
+        self.measured = Measured() if measured is None else measured
+        self.last = None               # the network measured last
+        self.passes = self.saved = 0.0
 
     def measure(self, network: Network) -> calibrate.Measurement:
         """Measure a network as calibrate.measure does, in one pass; not twice in a row."""
-        if self.measured is not network:
+        if self.last is not network:
+            self.last = network
             self.passes += len(network.blocks) / self.depth
-            self.measurement = calibrate.measure(network, self.tokens, self.runner)
-            self.measured = network
-        return self.measurement
+            if network in self.measured:
+                self.saved += self.measured[network][1]
+            else:
+                start = time.monotonic()
+                measurement = calibrate.measure(network, self.tokens, self.runner)
+                self.measured[network] = measurement, time.monotonic() - start
+        return self.measured[network][0]
 
     def embedded(self, network: Network, trial: bool = False) -> Tensor:
         """Return the stream (N, T, C) that enters the first block.
@@ -108,17 +133,13 @@ class Calibration:
         tokens = self.tokens[:self.trials] if trial else self.tokens
         return embed(network.outside, tokens, self.runner.dtype)
 
-    @torch.inference_mode()
     def run(self, blocks: list[Weights], xs: Tensor) -> Tensor:
         """Send xs (N, T, C), the streams of all windows or some, through blocks, in place.
 
         Returns xs, and counts the passes.
         """
-        for weights in blocks:
-            step = module(weights, self.runner)
-            self.runner.update(xs, lambda x, step=step: step(x, self.runner.rope))
         self.passes += len(blocks) * len(xs) / len(self.tokens) / self.depth
-        return xs
+        return run(blocks, xs, self.runner)
 
     def loss(self, network: Network, xs: Tensor) -> float:
         """Return the mean next-token loss for streams that leave the last block.

@@ -99,7 +99,8 @@ def test_last_blocks_are_the_last():
 def test_every_method_leaves_a_model_of_the_right_size(method, changes):
     """And the dense model as it was."""
     dense = random_network(6, **changes)
-    before = [{name: tensor.clone() for name, tensor in block.items()} for block in dense.blocks]
+    kept = [*dense.blocks, dense.outside]
+    before = [{name: tensor.clone() for name, tensor in weights.items()} for weights in kept]
     text = calibration(dense)
     smaller = METHODS[method][0](dense, 2, text)
     assert logits(smaller, text).isfinite().all()
@@ -110,7 +111,7 @@ def test_every_method_leaves_a_model_of_the_right_size(method, changes):
         shapes = {name: tuple(tensor.shape) for name, tensor in smaller.blocks[-1].items()}
         assert shapes == smaller.config.block_shapes()
         assert smaller.config.parameters() == smaller.parameters()
-    for old, new in zip(before, dense.blocks, strict=True):
+    for old, new in zip(before, kept, strict=True):
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
