@@ -7,6 +7,7 @@
     flattened.py    FlattenGPT and its ablations
     methods.py      the list of all methods
     harness.py      python -m compare: all methods side by side, into tables like those in results/
+    judge.py        how good a compressed model is
     rows.py         the results that are kept, one row for each method, ratio and seed
     tables.py       tables and figures of them
     zeroshot.py     python -m compare.zeroshot: multiple-choice questions

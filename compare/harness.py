@@ -15,7 +15,6 @@ OUT also gets the table (table.md) and, with matplotlib, two figures.
 """
 import argparse
 import hashlib
-import math
 import os
 import platform
 import shlex
@@ -33,13 +32,14 @@ import console
 from calibrate import calibration_tokens
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer, check_output
+from compare.judge import Judge, legend, spread
 from compare.methods import METHODS
-from compare.network import Calibration, Measured, Network, whole
+from compare.network import Calibration, Measured, Network
 from compare.rows import DENSE, RESULTS, Cell, append_row, cell_of, finished, read_rows
 from compare.tables import figures, relative, table
 from console import progress
 from console.options import add_run_options, compute_dtype, defaults
-from evaluate import losses, windows_of
+from evaluate import windows_of
 from flatten import check_flattenable, merges_for_ratio
 from model import Runner
 from text.tokenizer import load_tokenizer
@@ -62,6 +62,11 @@ class Bench:
     def dense(self) -> Network:
         """The dense model. No method changes it."""
         return Network.of(self.source)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What judges the results of all cells."""
+        return Judge(self.dense, self.judged, self.runner)
 
     def text(self, seed: int) -> Calibration:
         """Return the calibration text of a seed, with no pass counted yet."""
@@ -87,13 +92,6 @@ class Bench:
                 "device": self.runner.device.type, "sha256": sha256.hexdigest()}
 
 
-def spread(windows: Tensor, most: int) -> Tensor:
-    """Return at most this number of the windows (N, T), evenly spread; all of them for 0."""
-    if not 0 < most < len(windows):
-        return windows
-    return windows[torch.linspace(0, len(windows) - 1, most).round().long()]
-
-
 def weights_digest(source: Checkpoint) -> bytes:
     """Return SHA-256 of the first and the last block's bytes: it tells checkpoints apart."""
     sha256 = hashlib.sha256()
@@ -113,23 +111,18 @@ def cells(ratios: list[float], methods: list[str], seeds: int) -> list[Cell]:
 def run_cell(bench: Bench, cell: Cell) -> tuple[dict, Network]:
     """Compress the model as a cell says, and judge the result. Returns the results, and the model.
 
-    The results are sizes, the perplexity on each text, and the seconds and passes of compression.
+    The results are sizes, what the judge says, and the seconds and passes of compression.
     """
-    dense, runner, text = bench.dense, bench.runner, bench.text(cell.seed)
+    dense, judge, text = bench.dense, bench.judge, bench.text(cell.seed)
     start, network = time.monotonic(), dense
     if cell.method != DENSE:
         compress, _ = METHODS[cell.method]
         n = merges_for_ratio(dense.config, cell.ratio, len(dense.blocks))
         network = compress(dense, n, text)
-    seconds, net = time.monotonic() - start + text.saved, whole(network, runner)
-    scores = {}
-    for name, windows in bench.judged.items():
-        scores[name] = math.exp(losses(net, windows, str(runner.device)).double().mean())
-    if not all(map(math.isfinite, scores.values())):
-        raise ValueError("the perplexity is not finite")
+    seconds = time.monotonic() - start + text.saved
     return {"parameters": network.parameters(),
             "removed": 1 - network.parameters() / dense.parameters(),
-            "blocks": len(network.blocks), "ordinary": network.ordinary, "perplexity": scores,
+            "blocks": len(network.blocks), "ordinary": network.ordinary, **judge.scores(network),
             "seconds": seconds, "passes": text.passes}, network
 
 
@@ -263,7 +256,7 @@ def report(bench: Bench, rows: list[dict]) -> str:
     """Return what was measured, and the tables, in Markdown."""
     texts = list(bench.judged)
     parts = [title_of(bench, rows), f"`python -m compare {shlex.join(sys.argv[1:])}`",
-             table(rows, texts), relative(rows, texts)]
+             table(rows, texts), legend(bench.judged[texts[0]]), relative(rows, texts)]
     return "\n\n".join(filter(None, parts))
 
 

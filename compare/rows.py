@@ -33,7 +33,10 @@ def dense_row(rows: list[dict]) -> dict | None:
 
 
 def is_result(row: dict) -> bool:
-    """Tell whether a row has the form in which this program writes one."""
+    """Tell whether a row has the form in which this program writes one.
+
+    Rows of earlier versions lack agreement and divergence.
+    """
     try:
         types = [type(value) for value in (*cell_of(row), row["commit"], row["settings"])]
         if types != [str, float, int, str, dict]:
@@ -41,6 +44,7 @@ def is_result(row: dict) -> bool:
         if "error" in row:
             return isinstance(row["error"], str)
         numbers = [row[name] for name in ("parameters", "removed", "blocks", "seconds", "passes")]
+        numbers += [row["agreement"], row["divergence"]] if "agreement" in row else []
         return isinstance(row["ordinary"], bool) and all(map(math.isfinite, numbers)) and all(
             row["perplexity"][name] > 0 for name in row["settings"]["windows"])
     except (KeyError, TypeError, OverflowError):

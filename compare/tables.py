@@ -7,12 +7,12 @@ from compare.methods import METHODS
 from compare.rows import DENSE, dense_row, finished
 
 
-def summary(values: list[float]) -> str:
+def summary(values: list[float], digits: int = 2) -> str:
     """Return the mean as text, with the standard deviation over seeds if there are several."""
     mean = statistics.mean(values)
-    digits = ".2f" if mean < 1000 else ",.0f"
-    deviation = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
-    return f"{mean:{digits}}{deviation}"
+    form = f".{digits}f" if mean < 1000 else ",.0f"
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean:{form}}{deviation}"
 
 
 def excess(row: dict, dense: dict, name: str) -> float:
@@ -26,7 +26,8 @@ def excess(row: dict, dense: dict, name: str) -> float:
 def table(rows: list[dict], texts: list[str]) -> str:
     """Return a Markdown table: one line for each method and ratio, seeds summarised, best first.
 
-    After each perplexity comes the excess over the dense model, in nats a token.
+    After each perplexity comes the excess over the dense model, in nats a token. Rows of earlier
+    versions have no agreement and no divergence.
     """
     dense, groups = dense_row(rows), {}
     for row in rows:
@@ -37,7 +38,8 @@ def table(rows: list[dict], texts: list[str]) -> str:
         mean = statistics.mean(row["perplexity"][texts[0]] for row in good) if good else math.inf
         return ratio_and_method[0], mean
     head = ["ratio asked", "method", "source", "removed", "blocks",
-            *(f"perplexity, {name}" for name in texts), "passes", "seconds"]
+            *(f"perplexity, {name}" for name in texts), "agreement", "divergence", "passes",
+            "seconds"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for ratio, method in sorted(groups, key=order):
         same = groups[ratio, method]
@@ -45,7 +47,7 @@ def table(rows: list[dict], texts: list[str]) -> str:
         source = METHODS[method][1] if method in METHODS else ""
         start = f"| {ratio or ''} | {method} | {source} | "
         if not good:
-            lines.append(f"{start}failed: {errors[0]} |" + " |" * (3 + len(texts)))
+            lines.append(f"{start}failed: {errors[0]} |" + " |" * (5 + len(texts)))
             continue
         removed = f"{statistics.mean(row['removed'] for row in good):.4f}"
         if errors:
@@ -55,9 +57,12 @@ def table(rows: list[dict], texts: list[str]) -> str:
             cost.append(summary([row["perplexity"][name] for row in good]))
             if dense and method != DENSE:
                 cost[-1] += f" ({statistics.mean(excess(row, dense, name) for row in good):+.4f})"
+        known = [row for row in good if "agreement" in row]
+        close = [summary([row[what] for row in known], 3) if known else ""
+                 for what in ("agreement", "divergence")]
         passes, seconds = (f"{statistics.mean(row[what] for row in good):.1f}"
                            for what in ("passes", "seconds"))
-        values = [removed, str(good[0]["blocks"]), *cost, passes, seconds]
+        values = [removed, str(good[0]["blocks"]), *cost, *close, passes, seconds]
         lines.append(f"{start}{' | '.join(values)} |")
     return "\n".join(lines)
 

@@ -1,14 +1,20 @@
 """What `python -m compare` measures of a compressed model, and that it measures nothing twice."""
+import dataclasses
 import json
 import time
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 import calibrate
-from compare import harness, network, rows
-from compare.network import Calibration, Measured, Network
+from compare import harness, judge, network, rows
+from compare.judge import Judge
+from compare.network import Calibration, Measured, Network, whole
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+OLD = ("agreement", "divergence")  # what rows of earlier versions lack
 
 
 def random_network(L=3):
@@ -20,6 +26,74 @@ def random_network(L=3):
 def random_windows(n=20, length=40, vocab=300):
     g = torch.Generator().manual_seed(1)
     return torch.randint(vocab, (n, length), generator=g)
+
+
+def other_outside(dense, **changes):
+    return dataclasses.replace(dense, outside=dense.outside | changes)
+
+
+def judge_of(dense, windows):
+    return Judge(dense, {"text": windows}, tiny.runner(dense.config, windows.shape[1]))
+
+
+def test_the_dense_model_agrees_with_itself():
+    dense = random_network()
+    scores = judge_of(dense, random_windows()).scores(dense)
+    assert scores["agreement"] == 1 and scores["divergence"] == 0
+
+
+def test_a_model_whose_head_is_shuffled_writes_other_tokens():
+    dense = random_network()
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(2))
+    shuffled = other_outside(dense, **{HEAD: dense.outside[HEAD][order]})
+    scores = judge_of(dense, random_windows()).scores(shuffled)
+    assert scores["agreement"] < 0.05 and scores["divergence"] > 0.1
+
+
+def test_agreement_is_the_share_of_equal_tokens_of_texts_written_one_by_one():
+    """Without a cache; each model reads what it wrote itself."""
+    dense, windows = random_network(), random_windows(3)
+    other = other_outside(dense, **{NORM: dense.outside[NORM] + 0.2 * randn(32)})
+    judged = judge_of(dense, windows)
+
+    def written(net, ids):
+        for _ in range(32):
+            ids = torch.cat([ids, net(ids[None])[0, -1].argmax()[None]])
+        return ids[-32:]
+    nets = [whole(net, judged.runner) for net in (dense, other)]
+    equal = [written(nets[0], window[:32]) == written(nets[1], window[:32]) for window in windows]
+    expected = float(torch.stack(equal).double().mean())
+    assert judged.scores(other)["agreement"] == expected and 0.05 < expected < 0.95
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("change", ["norm", "head", "blocks"])
+def test_divergence_is_that_of_the_logits_of_both_models(change):
+    """The 16 windows are each token's whole distribution, final norm and head of its own model."""
+    dense, windows = random_network(), random_windows()
+    other = {"norm": other_outside(dense, **{NORM: dense.outside[NORM] * randn(32).exp()}),
+             "head": other_outside(dense, **{HEAD: dense.outside[HEAD] + 0.1 * randn(300, 32)}),
+             "blocks": dense.with_blocks(dense.blocks[:-1])}[change]
+    judged = judge_of(dense, windows)
+    some = windows[torch.linspace(0, 19, 16).round().long()]
+    log_p, log_q = (whole(net, judged.runner)(some).log_softmax(-1) for net in (dense, other))
+    expected = float(F.kl_div(log_q, log_p, log_target=True, reduction="sum")) / some.numel()
+    assert judged.scores(other)["divergence"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 1e-3
+
+
+@pytest.mark.parametrize("shape, prompts", [
+    ((3, 70), (6, 32)), ((1, 20), (1, 20)), ((128, 64), (64, 32)), ((64, 32), (64, 32))])
+def test_prompts_are_pieces_of_the_judged_windows(shape, prompts):
+    windows = torch.arange(shape[0] * shape[1]).view(shape)
+    cut = judge.prompts_of(windows)
+    assert tuple(cut.shape) == prompts and int(cut[0, 0]) == 0
+    assert (cut == cut[:, :1] + torch.arange(prompts[1])).all()  # neighbours in the text
+    assert (cut[:, 0] % shape[1] <= shape[1] - prompts[1]).all()  # within one window
+    assert int(cut[-1, 0]) == (shape[0] - 1) * shape[1] + (shape[1] // prompts[1] - 1) * prompts[1]
 
 
 def slowly(monkeypatch, seconds):
@@ -71,3 +145,48 @@ def test_the_dense_model_is_read_once_and_measured_once_a_seed(command, tmp_path
         asked = row["method"] in ("shortgpt", "flattengpt")
         assert (row["seconds"] >= 0.2) == asked
         assert row["passes"] == {"shortgpt": 1, "flattengpt": 2}.get(row["method"], 0)
+
+
+def without_seconds(table):
+    return [line.rsplit("|", 2)[0] for line in table.splitlines() if line.startswith("|")]
+
+
+def test_a_resumed_run_gives_the_same_table(command, tmp_path, cli, monkeypatch):
+    methods = ["--methods", "shortgpt", "flattengpt"]
+    at_once, in_steps = tmp_path / "at_once", tmp_path / "in_steps"
+    for run in ([*methods, "--out", at_once], ["--methods", "shortgpt", "--out", in_steps],
+                [*methods, "--out", in_steps]):
+        assert cli(harness.main, *command, *run)[0] == 0
+    expected, table = ((out / "table.md").read_text() for out in (at_once, in_steps))
+    assert without_seconds(table) == without_seconds(expected)
+    assert "| agreement | divergence | passes |" in table and "3 prompts of 32 tokens" in table
+    assert "| 1.000 | 0.000 | 0.0 |" in table  # dense
+
+    def refuse(*_):
+        raise AssertionError("nothing is left to run")
+    monkeypatch.setattr(harness, "Judge", refuse)
+    assert cli(harness.main, *command, *methods, "--out", in_steps)[0] == 0
+    assert (in_steps / "table.md").read_text() == table
+
+
+def test_results_of_earlier_versions_are_still_read(command, tmp_path, cli):
+    out, run = tmp_path / "o", [*command, "--out", tmp_path / "o", "--methods", "shortgpt"]
+    assert cli(harness.main, *run)[0] == 0
+    old = [{name: value for name, value in row.items() if name not in OLD} for row in results(out)]
+    (out / rows.RESULTS).write_text("".join(json.dumps(row) + "\n" for row in old))
+    code, table, err = cli(harness.main, *run, "last")
+    assert (code, err) == (0, "") and results(out)[:3] == old
+    lines = {method: next(line for line in table.splitlines() if f"| {method} |" in line)
+             for method in ("shortgpt", "last")}
+    assert " |  |  | 1.0 |" in lines["shortgpt"] and " |  |  |" not in lines["last"]
+    assert lines["last"].count("|") == lines["shortgpt"].count("|")
+
+
+@pytest.mark.parametrize("change", [{"agreement": float("nan"), "divergence": 0.1},
+                                    {"agreement": 0.5}, {"agreement": 0.5, "divergence": "much"}])
+def test_a_row_with_other_numbers_than_these_is_no_result(change):
+    row = {"method": "last", "ratio": 0.2, "seed": 0, "commit": "abc", "parameters": 9,
+           "removed": 0.2, "blocks": 4, "ordinary": True, "perplexity": {"t": 9.0}, "seconds": 1.0,
+           "passes": 0, "settings": {"windows": {"t": 3}}}
+    assert rows.is_result(row) and rows.is_result(row | {"agreement": 0.5, "divergence": 0.1})
+    assert not rows.is_result(row | change)
