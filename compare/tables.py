@@ -6,6 +6,11 @@ from pathlib import Path
 from compare.methods import METHODS
 from compare.rows import DENSE, dense_row, finished
 
+# what the legend of a figure calls a method, where its name says too little
+LABELS = {"shortgpt": "blocks dropped (ShortGPT)", "flattengpt": "the paper (FlattenGPT)",
+          "drop-refit": "blocks dropped, their neighbours fitted",
+          "flat-refit": "ours: merged blocks, fitted"}
+
 
 def summary(values: list[float], digits: int = 2) -> str:
     """Return the mean as text, with the standard deviation over seeds if there are several."""
@@ -92,32 +97,50 @@ def relative(rows: list[dict], texts: list[str], reference: str = "flattengpt") 
     return "\n".join(head + lines)
 
 
+def curve(rows: list[dict], method: str, quantity: str, text: str) -> list[tuple[float, float]]:
+    """Return a method's points (quantity, perplexity), one a ratio: means over seeds."""
+    ratios = {}
+    for row in rows:
+        if row["method"] == method:
+            ratios.setdefault(row["ratio"], []).append((row[quantity], row["perplexity"][text]))
+    return sorted(tuple(map(statistics.mean, zip(*seeds, strict=True)))
+                  for seeds in ratios.values())
+
+
 def figures(rows: list[dict], text: str, out: Path) -> str:
     """Draw perplexity against parameters removed and against seconds. Says what was drawn."""
     try:
         import matplotlib
         matplotlib.use("svg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import LogFormatter
     except ImportError:
         return "no figures: they need matplotlib (pip install matplotlib)"
     dense, good = dense_row(rows), [row for row in finished(rows) if row["method"] != DENSE]
     if not good:
         return "nothing to draw"
     matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same drawing, the same bytes
-    for quantity, label, scale, line in (("removed", "parameters removed", "linear", "-"),
-                                         ("seconds", "seconds of compression", "log", "")):
-        fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-        for number, method in enumerate(dict.fromkeys(row["method"] for row in good)):
-            points = sorted((row[quantity], row["perplexity"][text])
-                            for row in good if row["method"] == method)
-            ours = method == "flattengpt"
-            ax.plot(*zip(*points, strict=True), marker="osv^Dx+*"[number % 8], label=method,
-                    markersize=5, linestyle=line, linewidth=2.5 if ours else 0.8,
-                    zorder=3 if ours else 2)
+    methods = list(dict.fromkeys(row["method"] for row in good))
+    few = len(methods) <= 12
+    for quantity, label, scale, line in (
+            ("removed", "share of all parameters removed", "linear", "-"),
+            ("seconds", "seconds of compression", "log", "")):
+        fig, ax = plt.subplots(figsize=(8, 4 if few else 5), layout="constrained")
+        for number, method in enumerate(methods):
+            points = curve(good, method, quantity, text)
+            ax.plot(*zip(*points, strict=True), marker="osv^Dx+*"[number % 8], markersize=5,
+                    linestyle=line, linewidth=1.5 if few else 0.8,
+                    label=LABELS.get(method, method))
         if dense:
-            ax.axhline(dense["perplexity"][text], color="#888888", linewidth=0.8, linestyle=":")
+            ax.axhline(dense["perplexity"][text], color="#444444", linewidth=1, linestyle=":",
+                       label="dense")
         ax.set(xlabel=label, ylabel=f"perplexity, {text}", yscale="log", xscale=scale)
-        ax.legend(fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        ax.yaxis.set_major_formatter(LogFormatter())  # 30, not 3 × 10¹
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        if quantity == "removed":
+            ax.xaxis.set_major_formatter("{x:.0%}")
+        ax.legend(fontsize=9 if few else 6, ncols=1 if few else 2, loc="upper left",
+                  bbox_to_anchor=(1, 1), frameon=False)
         fig.savefig(out / f"{quantity}.svg", metadata={"Date": None})
         plt.close(fig)
     return f"figures: {out}/removed.svg, {out}/seconds.svg"

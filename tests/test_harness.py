@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import calibrate
-from compare import harness, judge, network, rows
+from compare import harness, judge, network, rows, tables
 from compare.judge import Judge
 from compare.network import Calibration, Measured, Network, whole
 
@@ -190,3 +190,31 @@ def test_a_row_with_other_numbers_than_these_is_no_result(change):
            "passes": 0, "settings": {"windows": {"t": 3}}}
     assert rows.is_result(row) and rows.is_result(row | {"agreement": 0.5, "divergence": 0.1})
     assert not rows.is_result(row | change)
+
+
+def drawn_rows():
+    """Return results of four methods at three ratios, two seeds each."""
+    cost = {"shortgpt": 5, "flattengpt": 4, "flat-refit": 2, "last": 9}
+    made = [{"method": "dense", "ratio": 0.0, "seed": 0, "removed": 0.0, "seconds": 0.0,
+             "perplexity": {"t": 20.0}}]
+    return made + [{"method": method, "ratio": ratio, "seed": seed, "removed": ratio + 0.01,
+                    "seconds": 2.0 + seed, "perplexity": {"t": 20 * (1 + cost * ratio) + seed}}
+                   for method, cost in cost.items() for ratio in (0.3, 0.1, 0.2)
+                   for seed in (0, 1)]
+
+
+def test_a_curve_has_one_point_a_ratio_in_order():
+    points = tables.curve(drawn_rows(), "shortgpt", "removed", "t")
+    assert points == [pytest.approx(point) for point in [(0.11, 30.5), (0.21, 40.5), (0.31, 50.5)]]
+    assert tables.curve(drawn_rows(), "last", "seconds", "t")[0] == pytest.approx((2.5, 38.5))
+
+
+def test_the_figures_name_their_lines_in_plain_words(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "removed.svg" in tables.figures(drawn_rows(), "t", tmp_path)
+    for name in ("removed", "seconds"):
+        drawing = (tmp_path / f"{name}.svg").read_text()
+        for label in ("dense", "blocks dropped (ShortGPT)", "the paper (FlattenGPT)", "last"):
+            assert f"<!-- {label} -->" in drawing
+    drawing = (tmp_path / "removed.svg").read_text()
+    assert "<!-- share of all parameters removed -->" in drawing and "<!-- 20% -->" in drawing
