@@ -154,7 +154,8 @@ def channel_features(weights: Weights, runner: Runner) -> Callable[[Tensor], Ten
     return lambda x: block.mlp.channels(block.post_attention_layernorm(x))
 
 
-def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool) -> Tensor:
+def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool,
+                 eliminate_units: Callable) -> Tensor:
     """Choose the `keep` KV heads that stay, each with `size` rows of V. See eliminate_units.
 
     `together`: they must be those of one member, as Qwen3's norms on queries and keys ask for.
@@ -280,11 +281,22 @@ class Fit:
     `parts` can leave out steps. Without "align" members read the shared stream as it is. Without
     "eliminate" the heads and channels that write least go at once. Without "values" v_proj and
     up_proj stay. Without "dense" the target is what the wide block adds.
+
+    Three options make controls and variants of it. With `first_only` the members after the first
+    are left out, and the heads and channels of the first are fitted to what all of them add.
+    `keep` asks for other numbers of KV heads and channels than the ordinary ones, and needs
+    "eliminate"; a block that is alone is then fitted, too. `eliminators` take the place of
+    eliminate_units and eliminate.
     """
 
     def __init__(self, dense: Tensor, runner: Runner, ridge: float = RIDGE,
-                 parts: tuple[str, ...] = PARTS):
+                 parts: tuple[str, ...] = PARTS, first_only: bool = False,
+                 keep: tuple[int, int] | None = None,
+                 eliminators: tuple[Callable, Callable] | None = None):
         self.dense, self.runner, self.ridge, self.parts = dense, runner, ridge, parts
+        self.first_only, self.narrow, config = first_only, keep is not None, runner.config
+        self.keep = keep or (config.num_key_value_heads, config.intermediate_size)
+        self.eliminators = eliminators or (eliminate_units, eliminate)
         one = torch.ones(runner.config.hidden_size, dtype=runner.dtype, device=runner.device)
         self.norm = RMSNorm(one, runner.config.rms_norm_eps)
         self.members = []  # blocks of the group at hand
@@ -298,7 +310,7 @@ class Fit:
         """
         runner, inputs = self.runner, []
         self.members, self.middles = members, []
-        if len(members) == 1:
+        if len(members) == 1 and not self.narrow:
             runner.run_block(members[0], self.dense)
             return members[0], {}
         # The target is what xs lacks already, and then also what the members' attentions add.
@@ -308,6 +320,8 @@ class Fit:
             attend_and_add(member, self.dense, target, runner)
             self.middles.append(few(self.dense))
             runner.feed(member, self.dense)
+        if self.first_only:
+            members, inputs, self.middles = members[:1], inputs[:1], self.middles[:1]
         self.members = [fold_norms(member) for member in members]
         self.members = self.aligned("input_layernorm.weight", xs, inputs)
         wide = flatten_blocks(self.members)
@@ -323,8 +337,8 @@ class Fit:
 
         xs (N, T, C) is the stream that has passed the block's attention.
         """
-        runner, members = self.runner, self.members
-        if len(members) == 1:
+        runner = self.runner
+        if not self.middles:  # the block is alone and stays as it is
             return block, {}
         members = self.aligned("post_attention_layernorm.weight", xs, self.middles)
         wide = block | {name: tensor for name, tensor in flatten_blocks(members).items()
@@ -400,16 +414,18 @@ class Fit:
 
         After an elimination these rows are fitted to the target.
         """
-        config = self.runner.config
-        keep = config.num_key_value_heads
-        size = config.num_attention_heads // keep * config.head_dim  # rows of W of one KV head
+        config, (keep, _) = self.runner.config, self.keep
+        group = config.num_attention_heads // config.num_key_value_heads
+        size = group * config.head_dim                                      # rows of one KV head
         W = wide[O_PROJ].double().T.to(self.runner.device)                  # (H*D, C)
         features = head_features(wide, self.runner)
         if "eliminate" in self.parts:
             A, B = self.products(features, few(xs), few(target), "head")
             factor, pull = ridged(A, self.ridge)
             W = fit(W, B, factor, pull)
-            heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, config.qk_norm)
+            together = config.qk_norm and len(self.members) > 1
+            heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, together,
+                                 self.eliminators[0])
         else:
             squares = mean_squares(self.runner, few(xs), features)
             check_finite({"the head statistics": squares}, FIT)
@@ -423,21 +439,21 @@ class Fit:
 
         After an elimination these rows are fitted to the target.
         """
-        keep = self.runner.config.intermediate_size
+        _, keep = self.keep
         W = wide[DOWN_PROJ].double().T.to(self.runner.device)               # (F, C)
         squares = mean_squares(self.runner, few(xs, ENOUGH), channel_features(wide, self.runner))
         check_finite({"the channel statistics": squares}, FIT)
         compared = min(int(SHORTLIST * keep), len(W)) if "eliminate" in self.parts else keep
         channels = best(squares.sqrt() * W.norm(dim=1), compared)
         W = W[channels]
-        if compared > keep:
+        if "eliminate" in self.parts:
             shortlisted = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
             features = channel_features(shortlisted, self.runner)
             C, B = self.products(features, few(xs), few(target), "channel")
             factor, pull = ridged(C, self.ridge)
             W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor)
             del C, factor  # large: of three such matrices only P is needed from here on
-            stay = eliminate(W, P, keep)
+            stay = self.eliminators[1](W, P, keep)
             W, channels = W[stay], channels[stay]
         return channels, W
 
@@ -456,15 +472,15 @@ class Fit:
 
 
 def refit_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner, ridge: float = RIDGE,
-                 parts: tuple[str, ...] = PARTS) -> Iterator[tuple[Weights, dict]]:
+                 **options) -> Iterator[tuple[Weights, dict]]:
     """Do what flatten.merge_groups does, with the fit. Yields blocks and reports.
 
-    A report also holds the error against the dense model's stream. Up to the first group that is
-    merged both models are the same, so until then one stream is enough.
+    `options` are those of Fit. A report also holds the error against the dense model's stream. Up
+    to the first group that is merged both models are the same, so until then one stream is enough.
     """
     first = next((k for k, group in enumerate(groups) if len(group) > 1), len(groups))
     yield from merge_groups(source, groups[:first], xs, runner, *keep_wide())
-    fit = Fit(xs.clone(), runner, ridge, parts)
+    fit = Fit(xs.clone(), runner, ridge, **options)
     blocks = merge_groups(source, groups[first:], xs, runner, fit.attention, fit.mlp)
     for group in groups[first:]:
         start = probe(xs)

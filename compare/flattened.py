@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from beyond.grouping import damages, least_damage
-from beyond.refit import PARTS, QUICK, Fit, refit_groups
+from beyond.refit import QUICK, Fit, refit_groups
 from beyond.regression import RIDGE
 from compare.network import Calibration, Network
 from flatten import flatten_blocks, keep_wide, merge_groups, mergeable, paper, select_groups
@@ -51,13 +51,16 @@ def flattengpt(network: Network, n: int, text: Calibration, ridge: float = 10.0,
 
 
 def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
-          by_damage: bool = False, parts: tuple[str, ...] = PARTS) -> Network:
+          by_damage: bool = False, first_only: bool = False, **options) -> Network:
     """Fit every merged block to the dense model's streams (beyond/refit.py).
 
     Groups are those of the paper, or with by_damage=True those that do the least measured damage.
+    With first_only=True nothing is flattened: of each group the first block is fitted to what all
+    do, and the others are left out. This control says what fitting is worth without flattening.
+    `options` are more of Fit's.
     """
     def trial(dense: Tensor) -> tuple:
-        fit = Fit(dense, text.runner, ridge, QUICK)
+        fit = Fit(dense, text.runner, ridge, QUICK, first_only)
         return fit.attention, fit.mlp
     if by_damage:
         damage = damages(network, text.tokens, text.runner, trial, n)
@@ -66,7 +69,8 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
     else:
         groups = groups_of(network, n, text)
     xs = text.embedded(network)
-    blocks = [block for block, _ in refit_groups(network, groups, xs, text.runner, ridge, parts)]
+    fitted = refit_groups(network, groups, xs, text.runner, ridge, first_only=first_only, **options)
+    blocks = [block for block, _ in fitted]
     text.passes += 2
     return network.with_blocks(blocks)
 
