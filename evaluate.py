@@ -143,10 +143,15 @@ def final_losses(outer: Weights, xs: Tensor, windows: Tensor, runner: Runner) ->
     return torch.cat(means)
 
 
+def kullback_leibler(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q), (...), in nats, for the logarithms of predictions p and q (..., V)."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
 @torch.inference_mode()
-def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor,
-               device: torch.device) -> float:
-    """Return the mean over tokens of KL(p || q), in nats.
+def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor, device: torch.device,
+               distance: Callable[[Tensor, Tensor], Tensor] = kullback_leibler) -> float:
+    """Return the mean over tokens of the distance between predictions p and q, KL(p || q).
 
     p_of makes the logits of p from states xs (N, T, C), and q_of those of q from ys. Logits exist
     for 1024 tokens at a time, as above.
@@ -157,7 +162,7 @@ def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor,
         for x, y in zip(*pieces, strict=True):
             p = p_of(x.to(device)).float().log_softmax(-1)
             q = q_of(y.to(device)).float().log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum())
+            total += float(distance(p, q).sum())
     return total / (xs.shape[0] * xs.shape[1])
 
 

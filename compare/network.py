@@ -3,6 +3,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -150,12 +151,15 @@ class Calibration:
         return float(final_losses(network.outside, xs, tokens, self.runner).double().mean())
 
     def losses_without(self, network: Network, steps: list[Callable[[Tensor], None]],
-                       candidates: Sequence[int], size: float = 1.0) -> Tensor:
+                       candidates: Sequence[int], size: float = 1.0,
+                       score: Callable[[Tensor], float] | None = None) -> Tensor:
         """Return the loss of the network without each candidate step; infinity for other steps.
 
+        `score` can take the place of the loss: a function of the streams that leave the last step.
         A step changes the streams in place, and counts as `size` blocks. What comes before a
         candidate is run once for all, so n steps cost about n / 2 passes of the trial windows.
         """
+        score = score or partial(self.loss, network)
         losses = torch.full((len(steps),), math.inf, dtype=torch.float64)
         xs = self.embedded(network, trial=True)
         share = len(xs) / len(self.tokens) * size / self.depth
@@ -165,7 +169,7 @@ class Calibration:
                 ys = xs.clone()
                 for step in steps[i + 1:]:
                     step(ys)
-                losses[i] = self.loss(network, ys)
+                losses[i] = score(ys)
                 self.passes += (len(steps) - i - 1) * share
             steps[i](xs)
             self.passes += share
