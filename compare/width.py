@@ -1,15 +1,19 @@
 """Keep every block, and make all equally narrower: by as many parameters as n blocks have."""
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from beyond.refit import Fit
+from beyond.regression import RIDGE
 from checkpoint.config import Config
 from checkpoint.reader import Weights
+from compare.dropping import half_of, without_halves
 from compare.network import Calibration, Network
 from flatten import merge_groups
-from model import Runner
+from model import Block, Runner
 from prune import (
     best,
     channels_of,
@@ -75,6 +79,68 @@ def uniform(network: Network, n: int, text: Calibration, ridge: float = 10.0) ->
     def mlp(block: Weights, xs: Tensor) -> tuple[Weights, dict]:
         return prune_channels(block, xs, runner, ridge, keep=channels)
     return reshaped(network, narrowed(network, text, attention, mlp), heads, channels)
+
+
+def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE) -> Network:
+    """Keep each block's best heads and channels by our fit: its elimination and its regressions.
+
+    The target of each half block is the dense model's stream after it. So this is our fit without
+    its flattening: it says what depth costs.
+    """
+    keep = narrower(network.config, n)
+    fit = Fit(text.embedded(network), text.runner, ridge, keep=keep)
+    text.passes += 1  # of the dense stream
+    return reshaped(network, narrowed(network, text, fit.attention, fit.mlp), *keep)
+
+
+def attentions_to_drop(config: Config, n: int, attention: int, balance: float = 1.5) -> int:
+    """Return how many attentions 2SSP leaves out of a model that is to lose n of its L blocks.
+
+    L r^(F / (a balance)), rounded, for r = n / L, attentions of a parameters and MLPs of F (arXiv
+    2501.17771, stage balance). Small MLPs would give more than must go in all: not more than that.
+    """
+    L, block = config.num_hidden_layers, config.block_parameters()
+    wanted = round(L * (n / L) ** ((block - attention) / (attention * balance)))
+    return min(wanted, n * block // attention)
+
+
+def norms_over_tokens(block: Block, xs: Tensor, runner: Runner) -> Tensor:
+    """Return each channel's norm over the tokens of a window, summed over windows, (F,).
+
+    xs (N, T, C) are streams that have passed the block's attention.
+    """
+    def norms(x: Tensor) -> list[Tensor]:
+        return [block.mlp.channels(block.post_attention_layernorm(x)).norm(dim=1)]
+    return runner.sums([xs], norms)[0].cpu()
+
+
+def two_stages(network: Network, n: int, text: Calibration) -> Network:
+    """Make all MLPs equally narrower, then leave whole attentions out (2SSP, arXiv 2501.17771).
+
+    Stage 1 keeps the channels of largest norm over tokens, as the dense model has them, and repairs
+    nothing. Stage 2 leaves out the attention that costs the least calibration loss, as often as
+    `attentions_to_drop` says. Together as many parameters go as n blocks have. What remains is no
+    ordinary checkpoint if an attention is missing.
+    """
+    config, runner = network.config, text.runner
+    attention = sum(tensor.numel() for name, tensor in network.blocks[0].items()
+                    if half_of(name) == 0)
+    drop = attentions_to_drop(config, n, attention)
+    left = n * config.block_parameters() - drop * attention
+    channels = config.intermediate_size - math.ceil(
+        left / (3 * config.hidden_size * config.num_hidden_layers))
+    if channels < 1:
+        raise ValueError(f"2SSP cannot take the parameters of {n} blocks: nothing would remain of "
+                         "the MLPs; remove less")
+    xs, blocks = text.embedded(network), []
+    for weights in network.blocks:
+        runner.attend(weights, xs)
+        kept = best(norms_over_tokens(runner.block(weights), xs, runner), channels)
+        runner.feed(weights, xs)
+        blocks.append(prune_mlp(weights, kept, weights["mlp.down_proj.weight"][:, kept]))
+    text.passes += 1
+    narrow = reshaped(network, blocks, config.num_key_value_heads, channels)
+    return without_halves(narrow, drop * attention, text, kinds=(0,))
 
 
 def moments(outputs, xs: Tensor, runner: Runner) -> tuple[Tensor, Tensor]:
