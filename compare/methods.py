@@ -7,7 +7,7 @@ from functools import partial
 
 from beyond.refit import PARTS
 from beyond.regression import RIDGE
-from compare import dropping, flattened, merging, width
+from compare import dropping, fisher, flattened, merging, patching, swaps, width
 
 PAPER = "FlattenGPT, arXiv 2602.08858"
 
@@ -30,10 +30,14 @@ METHODS = {
     "taylor+": (dropping.taylor_plus, "Shortened-LLaMA, arXiv 2402.02834"),
     "magnitude+": (dropping.magnitude_plus, "Shortened-LLaMA, arXiv 2402.02834"),
     "blockpruner": (dropping.blockpruner, "BlockPruner, arXiv 2406.10594"),
+    "finercut": (dropping.finercut, "FinerCut, arXiv 2405.18218, sized in parameters"),
     "streamline-first": (dropping.streamline_first,
                          "LLM-Streamline, arXiv 2403.19135, before training"),
     "streamline-linear": (dropping.streamline_linear,
                           "LLM-Streamline's window, our closed-form replacement"),
+    "replaceme": (patching.replaceme, "ReplaceMe, arXiv 2505.02819, least squares"),
+    "linearpatch": (patching.linearpatch, "LinearPatch, arXiv 2505.24680, before training"),
+    "prune-comp": (patching.prune_and_comp, "Prune&Comp, arXiv 2507.18212, Block Influence"),
     "fcm": (dropping.fcm, "FCM layer fusion, NeurIPS 2026, keep-one rule"),
     "laco-paper": (merging.laco_paper, "LaCo, arXiv 2402.11187"),
     "laco-released": (merging.laco_released, "LaCo, as its released code computes"),
@@ -43,9 +47,17 @@ METHODS = {
     "come-posterior": (merging.come_posterior, "CoMe-P, arXiv 2510.15304"),
     "width": (width.uniform, "channel pruning, MoDeGPT type I (arXiv 2408.09632) for the MLP"),
     "flap": (width.flap, "FLAP, arXiv 2312.11983, uniform widths"),
+    "2ssp": (width.two_stages, "2SSP, arXiv 2501.17771"),
+    "kwon-fisher": (fisher.kwon, "Kwon et al. 2022, arXiv 2204.09656, uniform widths"),
+    "width-refit": (width.refit, "control: our fit, every block narrower"),
+    "drop-refit": (fit(first_only=True), "control: our fit, but only the first of a group stays"),
+    "drop-refit-damage": (fit(first_only=True, by_damage=True),
+                          "control: the same, grouped by measured damage"),
     "flattengpt": (flattened.flattengpt, PAPER),
     "flat-refit": (flattened.refit, "ours: merged blocks fitted to the dense model"),
     "flat-refit-damage": (fit(by_damage=True), "ours: fitted, and grouped by measured damage"),
+    "flat-refit-swaps": (fit(eliminators=swaps.SWAPPING),
+                         "ours: fitted, with OSSCAR's swaps (arXiv 2403.12983)"),
     **{f"flat-refit-no-{part}": (fit(parts=tuple(set(PARTS) - {part})),
                                  f"ours: fitted, without {what}")
        for part, what in (("align", "alignment"), ("eliminate", "elimination"),
