@@ -23,7 +23,7 @@ from checkpoint.reader import Weights
 from compare.network import Calibration, Network
 from compare.width import narrower, reshaped
 from evaluate import readout, window_losses
-from model import batches, embed
+from model import batches, embed, symmetric
 from prune import prune_attention, prune_mlp
 
 
@@ -83,11 +83,11 @@ def tuned(weights: Weights, name: str, features: Callable, xs: Tensor, target: T
     """
     def terms(u: Tensor, t: Tensor) -> list:
         z = features(u)
-        return [(z, z.clone()), (z, t)]  # clone: the whole product, not only its lower triangle
+        return [(z, z), (z, t)]
     A, B = means(text.runner, [xs, target], terms)
     W = weights[name].to(A).T                                               # (units*size, C)
     # <y_u, y_v> sums z_i z_j <W_i, W_j> over the rows i of unit u and j of unit v
-    A = (A * (W @ W.T)).unflatten(0, (-1, size)).unflatten(2, (-1, size)).sum((1, 3))
+    A = (symmetric(A) * (W @ W.T)).unflatten(0, (-1, size)).unflatten(2, (-1, size)).sum((1, 3))
     b = (B * W).sum(1).view(-1, size).sum(1)
     factors = fit(torch.ones_like(b)[:, None], b[:, None], *ridged(A))      # (units, 1)
     new = W * factors.repeat_interleave(size, dim=0)
