@@ -187,7 +187,7 @@ def finercut(network: Network, n: int, text: Calibration) -> Network:
     """Leave out attentions or MLPs: each time the one that moves the predictions least (FinerCut).
 
     Predictions are compared with the dense model's by their Jensen-Shannon divergence (arXiv
-    2405.18218, sec. 3). It ends when as many parameters are gone as n blocks have; the paper counts
+    2405.18218). It ends when as many parameters are gone as n blocks have; the paper counts
     halves, large or small, as one. As in its released settings, 40 % of the blocks and one more, at
     the bottom, stay as long as others are left. Its code puts the mean prediction first in both
     terms of the divergence; here it comes second, as defined.

@@ -31,9 +31,9 @@ def replaceme(network: Network, n: int, text: Calibration) -> Network:
     """Leave out n neighbouring blocks, and fold a linear map into the down_proj before them.
 
     With M what that MLP adds to the stream Y, and X the stream after the gap, the map is
-    T = (M^T M)^-1 M^T (X - Y), the least-squares form of ReplaceMe (arXiv 2505.02819, sec. 2). For
-    M^T M that cannot be inverted there is a tiny ridge, which pulls T to the identity. The gap is
-    where the streams before and after it are most alike, not before the second block.
+    T = (M^T M)^-1 M^T (X - Y), the least-squares form of ReplaceMe (arXiv 2505.02819). For M^T M
+    that cannot be inverted there is a tiny ridge, which pulls T to the identity. The gap is where
+    the streams before and after it are most alike; the first block always stays.
     """
     similarity = text.measure(network).similarity
     start = 1 + int(similarity.diagonal(n)[1:].argmax())
