@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluate import divergence, kullback_leibler, readout
 from checkpoint.reader import Weights
 from compare.network import Calibration, Network
+from evaluate import divergence, kullback_leibler, readout
 from flatten import WRITES
 from model import Block, Transformer, move
 
