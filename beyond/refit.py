@@ -92,6 +92,7 @@ FEW = 32         # windows are enough to choose by; only the last fit of a proje
 ENOUGH = 2**14   # tokens of these are enough for the shortlist and for new values
 SHORTLIST = 1.5  # times the channels that stay are compared in full; the rest goes at once
 VALUE_STEPS = 2  # conjugate gradients for new values
+AGAIN = 3        # times the ridge in step 4: what it pulls to was fitted on this text already
 V_PROJ, O_PROJ = "self_attn.v_proj.weight", "self_attn.o_proj.weight"
 UP_PROJ, DOWN_PROJ = "mlp.up_proj.weight", "mlp.down_proj.weight"
 
@@ -384,7 +385,7 @@ class Fit:
                            lambda n: mix_heads(attention, n, runner.rope), runner, self.ridge)
             weights[V_PROJ] = stored(V.T, wide[V_PROJ])
         A, B = self.products(head_features(weights, runner), xs, target, "head")
-        weights[O_PROJ] = stored(fit(W, B, *ridged(A, self.ridge)), wide[O_PROJ])
+        weights[O_PROJ] = stored(fit(W, B, *ridged(A, AGAIN * self.ridge)), wide[O_PROJ])
         check_finite(weights, FIT)
         return weights, heads
 
@@ -405,7 +406,7 @@ class Fit:
                            self.ridge)
             weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
         C, B = self.products(channel_features(weights, runner), xs, target, "channel")
-        weights[DOWN_PROJ] = stored(fit(W, B, *ridged(C, self.ridge)), wide[DOWN_PROJ])
+        weights[DOWN_PROJ] = stored(fit(W, B, *ridged(C, AGAIN * self.ridge)), wide[DOWN_PROJ])
         check_finite(weights, FIT)
         return weights, channels.cpu()
 

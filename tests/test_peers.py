@@ -54,13 +54,14 @@ def test_the_first_member_is_fitted_to_what_all_members_add():
     z = block.self_attn.heads(block.input_layernorm(start), run.rope).flatten(0, 1)
     expected = ridge_optimum(z, added.flatten(0, 1), first[O_PROJ].T, ridge)
     # fitted twice: each time the ridge pulls to the weights of the time before
-    expected = ridge_optimum(z, added.flatten(0, 1), expected, ridge)
+    expected = ridge_optimum(z, added.flatten(0, 1), expected, refit.AGAIN * ridge)
     assert torch.allclose(fitted[O_PROJ].T, expected)
     middle = start + (z @ expected).view_as(start)
     psi = block.mlp.channels(block.post_attention_layernorm(middle)).flatten(0, 1)
     left = (x - middle).flatten(0, 1)
     expected = ridge_optimum(psi, left, first[DOWN_PROJ].T, ridge)
-    assert torch.allclose(fitted[DOWN_PROJ].T, ridge_optimum(psi, left, expected, ridge))
+    expected = ridge_optimum(psi, left, expected, refit.AGAIN * ridge)
+    assert torch.allclose(fitted[DOWN_PROJ].T, expected)
     assert kept["kv_heads"] == [[0, 1]] and kept["channels"] == [list(range(40))]
 
 
