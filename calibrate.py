@@ -27,7 +27,7 @@ from checkpoint.reader import Checkpoint
 from console import progress
 from console.options import add_run_options, compute_dtype, defaults
 from model import Block, Runner, batches, check_finite, embed, sum_dtype
-from text.tokenizer import load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import calibration_text
 
 
@@ -157,14 +157,25 @@ def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tenso
     return middle + mlp, torch.stack([variance, *shares])
 
 
+def read_texts(tokenizer: Tokenizer, data: list[str] | None) -> tuple[list[Tensor], str]:
+    """Read the token ids (tokens,) of each calibration text.
+
+    Returns them, and the names of the texts in one string.
+    """
+    data = data or [None]
+    texts = {path: calibration_text(path) for path in data}  # each is read once, if given twice
+    ids = {path: torch.tensor(tokenizer.encode(text), dtype=torch.long)
+           for path, (text, _) in texts.items()}
+    return [ids[path] for path in data], " + ".join(texts[path][1] for path in data)
+
+
 def read_tokens(ckpt: Path, args: argparse.Namespace) -> tuple[Tensor, str]:
     """Read calibration windows (samples, length), by the checkpoint's own tokenizer.
 
-    Returns them, and the name of the text that they are from.
+    Returns them, and the names of the texts that they are from.
     """
-    text, name = calibration_text(args.data)
-    ids = torch.tensor(load_tokenizer(ckpt).encode(text))
-    return calibration_tokens(ids, args.samples, args.length, args.seed), name
+    texts, names = read_texts(load_tokenizer(ckpt), args.data)
+    return mixed_tokens(texts, args.samples, args.length, args.seed), names
 
 
 def show(measured: Measurement) -> None:
