@@ -27,25 +27,49 @@ from checkpoint.reader import Checkpoint
 from console import progress
 from console.options import add_run_options, compute_dtype, defaults
 from model import Block, Runner, batches, check_finite, embed, sum_dtype
-from text.tokenizer import load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import calibration_text
 
 
-def calibration_tokens(ids: Tensor, n: int, length: int, seed: int) -> Tensor:
+def calibration_tokens(ids: Tensor, n: int, length: int, seed: int,
+                       name: str = "the calibration text") -> Tensor:
     """Cut n windows (n, length) out of token ids (tokens,), at random places that the seed decides.
 
     ValueError if the text has fewer than n * length tokens: windows would mostly repeat each other.
     """
     if len(ids) < length:
-        raise ValueError(f"the calibration text has {len(ids)} tokens, fewer than one window of "
+        raise ValueError(f"{name} has {len(ids)} tokens, fewer than one window of "
                          f"--length {length}; give a longer text or a smaller --length")
     if len(ids) < n * length:
-        raise ValueError(f"the calibration text has {len(ids)} tokens, and --samples {n} of "
-                         f"--length {length} ask for {n * length}; give a longer text, or "
-                         f"--samples {max(1, len(ids) // length)}")
+        raise ValueError(f"{name} has {len(ids)} tokens, and {n} windows of --length {length} ask "
+                         f"for {n * length}; give a longer text, or fewer --samples "
+                         f"({len(ids) // length} windows fit)")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - length + 1, (n,), generator=generator)
     return torch.stack([ids[start:start + length] for start in starts.tolist()])
+
+
+def mixed_tokens(texts: list[Tensor], n: int, length: int, seed: int) -> Tensor:
+    """Cut n windows (n, length) out of m texts in turn. A text is its token ids (tokens,).
+
+    In each round of m windows every text has one turn, in random order. If the order were fixed,
+    methods that look at every fourth window might see one text only. A text that is given twice
+    gets a double share. One text alone gives the windows of calibration_tokens. ValueError if a
+    text is too short for its share, or if there are fewer windows than texts.
+    """
+    m = len(texts)
+    if n < m:
+        raise ValueError(f"--samples {n} is too few for {m} texts; give at least one for each")
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(m, generator=generator) for _ in range(0, n, m)]
+    turns = torch.cat(rounds)[:n]                           # which text each window is from
+    tokens = torch.empty(n, length, dtype=torch.long)
+    for i, ids in enumerate(texts, 1):
+        same = torch.tensor([torch.equal(ids, other) for other in texts])
+        rows = same[turns]                                  # all turns of a text given twice
+        name = f"text {i} of --data" if m > 1 else "the calibration text"
+        tokens[rows] = calibration_tokens(ids, int(rows.sum()), length, seed, name)
+    return tokens
 
 
 @dataclass
@@ -133,14 +157,25 @@ def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tenso
     return middle + mlp, torch.stack([variance, *shares])
 
 
+def read_texts(tokenizer: Tokenizer, data: list[str] | None) -> tuple[list[Tensor], str]:
+    """Read the token ids (tokens,) of each calibration text.
+
+    Returns them, and the names of the texts in one string.
+    """
+    data = data or [None]
+    texts = {path: calibration_text(path) for path in data}  # each is read once, if given twice
+    ids = {path: torch.tensor(tokenizer.encode(text), dtype=torch.long)
+           for path, (text, _) in texts.items()}
+    return [ids[path] for path in data], " + ".join(texts[path][1] for path in data)
+
+
 def read_tokens(ckpt: Path, args: argparse.Namespace) -> tuple[Tensor, str]:
     """Read calibration windows (samples, length), by the checkpoint's own tokenizer.
 
-    Returns them, and the name of the text that they are from.
+    Returns them, and the names of the texts that they are from.
     """
-    text, name = calibration_text(args.data)
-    ids = torch.tensor(load_tokenizer(ckpt).encode(text))
-    return calibration_tokens(ids, args.samples, args.length, args.seed), name
+    texts, names = read_texts(load_tokenizer(ckpt), args.data)
+    return mixed_tokens(texts, args.samples, args.length, args.seed), names
 
 
 def show(measured: Measurement) -> None:

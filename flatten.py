@@ -381,8 +381,11 @@ def read_record(source: Checkpoint) -> dict:
         record = read_json(path)
         widths = tuple(len(group["blocks"]) for group in record["groups"])
         similarities = [group["similarity"] for group in record["groups"]]
-        fits = (widths == source.config.widths and record["settings"].keys() >= SETTINGS
-                and record["settings"]["dtype"] in DTYPES and isinstance(record["command"], str)
+        settings = record["settings"]
+        fits = (widths == source.config.widths and settings.keys() >= SETTINGS
+                and settings["dtype"] in DTYPES and isinstance(record["command"], str)
+                and isinstance(settings["data"], str | list | None)
+                and all(isinstance(text, str) for text in settings["data"] or [])
                 and all(isinstance(value, float) for value in similarities))
     except (OSError, KeyError, TypeError, AttributeError):
         fits = False

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import console
-from calibrate import calibration_tokens
+from calibrate import mixed_tokens, read_texts
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer, check_output
 from compare.judge import Judge, legend, spread
@@ -43,15 +43,15 @@ from evaluate import windows_of
 from flatten import check_flattenable, merges_for_ratio
 from model import Runner
 from text.tokenizer import load_tokenizer
-from text.wikitext import calibration_text, evaluation_text, held_out_text
+from text.wikitext import evaluation_text, held_out_text
 
 
 @dataclass(frozen=True)
 class Bench:
     """What all cells have in common. The dense model is read when the first cell asks for it."""
     source: Checkpoint
-    calibration: str             # what text the methods see
-    ids: Tensor                  # its tokens, (tokens,)
+    calibration: str             # what texts the methods see
+    ids: list[Tensor]            # the tokens of each, (tokens,)
     judged: dict[str, Tensor]    # name of a text -> windows (N, T) of it
     samples: int                 # windows of calibration text
     trials: int                  # how many of them judge a trial
@@ -70,7 +70,7 @@ class Bench:
 
     def text(self, seed: int) -> Calibration:
         """Return the calibration text of a seed, with no pass counted yet."""
-        tokens = calibration_tokens(self.ids, self.samples, self.length, seed)
+        tokens = mixed_tokens(self.ids, self.samples, self.length, seed)
         measured = self.measured.setdefault(seed, Measured())
         return Calibration(tokens, self.runner, len(self.dense.blocks), self.trials, measured)
 
@@ -82,7 +82,7 @@ class Bench:
     def settings(self) -> dict:
         """Return what must be equal for results to be comparable."""
         sha256 = hashlib.sha256()
-        for ids in (self.ids, *self.judged.values()):
+        for ids in (*self.ids, *self.judged.values()):
             sha256.update(hashlib.sha256(ids.numpy().tobytes()).digest())
         sha256.update(weights_digest(self.source))
         return {"checkpoint": self.source.name, "calibration": self.calibration,
@@ -203,9 +203,9 @@ def prepare(source: Checkpoint, args: argparse.Namespace) -> Bench:
     check_flattenable(source)
     for ratio in args.ratios:
         merges_for_ratio(source.config, ratio, source.config.num_hidden_layers)
-    tokenizer, (text, name) = load_tokenizer(source.path), calibration_text(args.data)
-    ids, judged = torch.tensor(tokenizer.encode(text)), {}
-    calibration_tokens(ids, args.samples, args.length, 0)  # fails now if the text is too short
+    tokenizer, judged = load_tokenizer(source.path), {}
+    ids, names = read_texts(tokenizer, args.data)
+    mixed_tokens(ids, args.samples, args.length, 0)  # fails now if a text is too short
     others = [evaluation_text(path) for path in args.also]
     for other, title in [held_out_text(args.data), *others]:
         if title in judged:
@@ -214,7 +214,7 @@ def prepare(source: Checkpoint, args: argparse.Namespace) -> Bench:
         judged[title] = spread(windows, args.windows)
     dtype = compute_dtype(args.dtype, args.device, source.dtype)
     runner = Runner(source.config, args.length, args.device, dtype)
-    return Bench(source, name, ids, judged, args.samples, args.trials, runner)
+    return Bench(source, names, ids, judged, args.samples, args.trials, runner)
 
 
 def folder_of(cell: Cell, source: Checkpoint, save_in: Path) -> Path:

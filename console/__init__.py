@@ -109,12 +109,14 @@ def command(script: str, **arguments) -> str:
 
     SCRIPT is a file, or "-m" and a module.
 
-    An argument that is True becomes a flag without value. None and False leave it out.
+    An argument that is True becomes a flag without value, and a list several values. None and
+    False leave it out.
     """
     words = ["python", *script.split()]
     for name, value in arguments.items():
         if value is True:
             words.append(f"--{name}")
         elif value is not None and value is not False:
-            words += [f"--{name}", str(value)]
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
     return shlex.join(words)

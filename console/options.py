@@ -27,9 +27,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
     They are None unless given; `defaults` fills them in.
     """
-    parser.add_argument("--data", help="calibration text: a folder with wiki.*.raw, a .raw/.txt "
-                                       "file, the WikiText-2 zip, or 'python' for Python's own "
-                                       "library (default: WikiText-2, downloaded once)")
+    parser.add_argument("--data", nargs="+",
+                        help="calibration text: a folder with wiki.*.raw, a .raw/.txt file, the "
+                             "WikiText-2 zip, or 'python' for Python's own library (default: "
+                             "WikiText-2, downloaded once). Several texts give equal shares of the "
+                             "windows, one named twice a double share; what judges is the held-out "
+                             "part of the first")
     parser.add_argument("--samples", type=int, help="windows of calibration text (default 128)")
     parser.add_argument("--length", type=int, help="tokens in a window (default 2048)")
     parser.add_argument("--seed", type=int, help="which windows (default 0)")
@@ -39,11 +42,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def defaults(args: argparse.Namespace, preferred: dict | None = None) -> None:
     """Fill in the options that were not given, from `preferred` or else with the paper's values.
 
-    ValueError for impossible values.
+    One calibration text, a string, becomes a list of one. ValueError for impossible values.
     """
     for name, value in (PAPER | (preferred or {})).items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
+    if isinstance(args.data, str):
+        args.data = [args.data]
     counts = args.samples, args.length, args.seed
     if not all(type(value) is int for value in counts):
         raise ValueError(f"samples, length and seed must be integers; got {counts}")
@@ -80,6 +85,8 @@ def describe_run(script: str, args: argparse.Namespace, tokens: Tensor, text_nam
     """
     names = ("samples", "length", "seed", "ridge", "max_group", "data")
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if args.data and len(args.data) == 1:
+        settings["data"] = args.data[0]  # one text is recorded by its name alone, several as a list
     settings["dtype"] = str(dtype).removeprefix("torch.")
     options = {name.replace("_", "-"): value for name, value in (settings | flags).items()}
     ids = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import model
-from calibrate import calibration_tokens, cosine_sums, measure
+from calibrate import calibration_tokens, cosine_sums, measure, mixed_tokens
 from checkpoint.reader import Checkpoint
 from model import Block, embed, load
 from prune import channel_covariance, head_sizes
@@ -25,8 +25,61 @@ def test_windows_are_seeded_and_come_from_the_text():
 
 
 def test_a_text_shorter_than_asked_is_refused():
-    with pytest.raises(ValueError, match="--samples 4"):
+    with pytest.raises(ValueError, match=r"the calibration text has 99 .*\(4 windows fit"):
         calibration_tokens(torch.arange(99), 5, 20, 0)
+
+
+def numbered(*lengths):
+    """Return texts of these lengths; the ids of text i are 1000 * i, 1000 * i + 1, and so on."""
+    return [1000 * i + torch.arange(length) for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_text_gives_the_windows_that_it_gives_alone_named_once_or_twice(seed):
+    ids = torch.arange(1000)
+    alone = calibration_tokens(ids, 7, 20, seed)
+    assert torch.equal(mixed_tokens([ids], 7, 20, seed), alone)
+    assert torch.equal(mixed_tokens([ids, ids.clone()], 7, 20, seed), alone)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_in_each_round_of_windows_every_text_has_a_turn(m):
+    texts = numbered(*range(700, 700 + m))
+    tokens, again, other = (mixed_tokens(texts, 8 * m, 20, seed) for seed in (0, 0, 1))
+    assert torch.equal(tokens, again) and tokens.shape == (8 * m, 20)
+    assert (tokens.diff(dim=1) == 1).all()  # cut from one text, and in one piece
+    turns = tokens[:, 0].view(8, m) // 1000
+    assert (turns.sort(dim=1).values == torch.arange(m)).all()
+    assert not torch.equal(turns, other[:, 0].view(8, m) // 1000)
+    for i, ids in enumerate(texts):
+        mine = tokens[tokens[:, 0] // 1000 == i]
+        assert torch.equal(mine, calibration_tokens(ids, 8, 20, 0))
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_every_second_fourth_or_eighth_window_is_not_always_of_one_text(m, step):
+    tokens = mixed_tokens(numbered(*[900] * m), 128, 5, 0)
+    assert set((tokens[::step, 0] // 1000).tolist()) == set(range(m))
+
+
+def test_a_text_given_twice_gets_a_double_share_of_other_windows():
+    a, b = numbered(900, 900)
+    tokens = mixed_tokens([a, b, a], 12, 20, 0)
+    turns = tokens[:, 0] // 1000
+    assert (turns.view(4, 3).sum(dim=1) == 1).all()  # b once in three
+    assert torch.equal(tokens[turns == 0], calibration_tokens(a, 8, 20, 0))
+
+
+def test_of_several_texts_each_must_be_long_enough_for_its_share_and_have_one():
+    long, short = numbered(900, 99)
+    assert mixed_tokens([long, short], 8, 20, 0).shape == (8, 20)
+    with pytest.raises(ValueError, match=r"text 2 of --data has 99 .* 5 windows .*\(4 win"):
+        mixed_tokens([long, short], 10, 20, 0)
+    with pytest.raises(ValueError, match=r"text 2 of --data has 99 .* 6 windows .*\(4 win"):
+        mixed_tokens([long, short, short], 9, 20, 0)
+    with pytest.raises(ValueError, match="--samples 1 is too few for 2 texts"):
+        mixed_tokens([long, short], 1, 20, 0)
 
 
 def test_similarity_is_the_mean_cosine_of_the_streams_in_transformers(tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from beyond import refit
 from checkpoint.reader import Checkpoint
 from compare import harness
 from model import generate, load
+from text import wikitext
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--samples", 8, "--length", 32, "--no-eval"]
@@ -144,6 +146,84 @@ def test_the_record_says_how_to_repeat_the_run(tmp_path, ckpt, run, cli):
     assert hashes(out)["model.safetensors"] == hashes(tmp_path / "again")["model.safetensors"]
 
 
+@pytest.fixture
+def two_texts(tmp_path, text_file):
+    """The text file, and one of the same words in another order, with a space in its name."""
+    other = tmp_path / "other words.txt"
+    other.write_text("\n".join(reversed(tiny.text().split("\n"))))
+    return [text_file, other]
+
+
+@pytest.mark.parametrize("main, options", [
+    (flatten.main, []), (flatten.main, ["--keep-wide"]), (refit.main, [])])
+def test_several_texts_share_the_windows_and_the_record_says_how_to_repeat_it(
+        tmp_path, ckpt, cli, two_texts, main, options):
+    first, out = two_texts[0], tmp_path / "out"
+    run = ["--ckpt", ckpt, "--ratio", 0.3, *SHORT, *options]
+    code, printed, err = cli(main, *run, "--data", *two_texts, "--out", out)
+    assert code == 0, err
+    record = record_of(out)
+    assert record["settings"]["data"] == [str(text) for text in two_texts]
+    names = "text.txt, first 90% + other words.txt, first 90%"
+    assert record["calibration"]["text"] == names and names in printed
+    words = shlex.split(record["command"])
+    start = words.index("--ckpt")
+    assert cli(main, *words[start:], "--out", tmp_path / "again", "--no-eval")[0] == 0
+    assert hashes(out)["model.safetensors"] == hashes(tmp_path / "again")["model.safetensors"]
+    assert cli(main, *run, "--data", first, "--out", tmp_path / "one")[0] == 0
+    one = record_of(tmp_path / "one")
+    assert one["settings"]["data"] == str(first)
+    assert one["calibration"]["sha256_of_ids"] != record["calibration"]["sha256_of_ids"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_step_4_takes_one_text_or_several_from_the_record(tmp_path, ckpt, cli, two_texts, several):
+    """One is recorded as a string, as it was when --data took no more than one."""
+    data = two_texts if several else two_texts[:1]
+    run = ["--ckpt", ckpt, "--ratio", 0.3, "--data", *data, *SHORT]
+    for name, options in (("one", []), ("wide", ["--keep-wide"])):
+        assert cli(flatten.main, *run, "--out", tmp_path / name, *options)[0] == 0
+    recorded = record_of(tmp_path / "wide")["settings"]["data"]
+    assert recorded == (list(map(str, data)) if several else str(data[0]))
+    code, _, err = cli(flatten.main, "--ckpt", tmp_path / "wide", "--out", tmp_path / "two")
+    assert code == 0, err
+    one, two = record_of(tmp_path / "one"), record_of(tmp_path / "two")
+    assert hashes(tmp_path / "one")["model.safetensors"] == \
+        hashes(tmp_path / "two")["model.safetensors"]
+    assert one["calibration"] == two["calibration"]
+    assert one["settings"] == two["settings"] | {"max_group": None}
+
+
+def test_the_first_of_several_texts_judges(tmp_path, ckpt, cli, two_texts):
+    code, out, err = cli(flatten.main, "--ckpt", ckpt, "--ratio", 0.3, "--out", tmp_path / "flat",
+                         "--data", *two_texts[::-1], *SHORT[:-1])
+    assert code == 0, err
+    assert "other words.txt, last 10%" in out and "text.txt, last 10%" not in out
+
+
+def unchanged(path):
+    pass
+
+
+def missing(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (unchanged, "WikiText-2's test split"), (missing, "no such file"),
+    (lambda path: path.write_text("short\n"), "text 2 of --data has")])
+def test_a_mistake_in_the_second_text_is_one_line_that_names_it(
+        tmp_path, ckpt, cli, two_texts, monkeypatch, spoil, message):
+    first, second = two_texts
+    sha256 = hashlib.sha256(second.read_bytes()).hexdigest()
+    monkeypatch.setattr(wikitext, "TEST_SHA256", sha256)
+    spoil(second)
+    out = tmp_path / "results" / "out"
+    code, _, err = cli(flatten.main, "--ckpt", ckpt, "--data", first, second, "--out", out, *SHORT)
+    assert code == 2 and message in err and err.count("\n") == 1 and not out.parent.exists()
+    assert str(second) in err or "text 2" in err
+
+
 @pytest.mark.parametrize("family, dtype, compute", [
     ("qwen2", torch.float32, "float32"), ("qwen3", torch.bfloat16, "float32"),
     ("qwen2", torch.bfloat16, "bfloat16")])
@@ -221,6 +301,13 @@ def test_calibrate_prints_the_motivation_and_saves_S(tmp_path, ckpt, run):
     assert S.shape == (5, 5) and np.allclose(S.diagonal(), 1, atol=1e-5) and np.allclose(S, S.T)
 
 
+def test_calibrate_says_which_texts_it_used(tmp_path, ckpt, cli, two_texts):
+    code, out, err = cli(calibrate.main, "--ckpt", ckpt, "--data", *two_texts,
+                         "--out", tmp_path / "S.npy", *SHORT[:-1])
+    assert code == 0, err
+    assert "8 x 32 tokens of text.txt, first 90% + other words.txt, first 90%, seed 0" in out
+
+
 def test_calibrate_replaces_a_matrix_only_when_asked_and_nothing_else_at_all(tmp_path, ckpt, run):
     (tmp_path / "S.npy").write_bytes(b"earlier")
     for out, options in ((tmp_path / "S.npy", []), (ckpt / "config.json", ["--overwrite"]),
@@ -247,7 +334,7 @@ def test_reported_errors_are_those_of_the_blocks(tmp_path, ckpt, run):
     run(flatten.main, *settings, "--out", wide, "--keep-wide")
     groups = record_of(out)["groups"]
     k = next(k for k, group in enumerate(groups) if len(group["blocks"]) > 1)
-    args = argparse.Namespace(data=str(tmp_path / "text.txt"), samples=1, length=64, seed=0)
+    args = argparse.Namespace(data=[str(tmp_path / "text.txt")], samples=1, length=64, seed=0)
     tokens, _ = calibrate.read_tokens(ckpt, args)
     dense, blocks = load(ckpt), {name: load(path).model["layers"][k]
                                  for name, path in (("flattened", wide), ("compensated", out))}
@@ -314,10 +401,6 @@ def test_a_text_too_short_to_judge_on_is_noticed_before_the_work(tmp_path, ckpt,
     code, _, err = cli(flatten.main, "--ckpt", ckpt, "--data", text_file, "--out", tmp_path / "out",
                        "--samples", 1, "--length", 4000)
     assert code == 2 and "fewer than one window" in err
-
-
-def unchanged(path):
-    pass
 
 
 def truncate(path):
@@ -397,6 +480,8 @@ def spoil_record(change):
     (spoil_record(lambda r: r.update(groups=[1])), "flatten.json"),
     (spoil_record(lambda r: r["settings"].update(samples="8")), "samples"),
     (spoil_record(lambda r: r["settings"].update(dtype="int4")), "flatten.json"),
+    (spoil_record(lambda r: r["settings"].update(data=5)), "flatten.json"),
+    (spoil_record(lambda r: r["settings"].update(data=["x", 5])), "flatten.json"),
     (spoil_record(lambda r: r["settings"].update(ridge="x")), "--ridge"), (poison, "blocks [2]")])
 def test_a_spoilt_wide_checkpoint_is_refused(tmp_path, wide, run, spoil, message):
     spoil(wide)

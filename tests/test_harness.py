@@ -12,6 +12,7 @@ import calibrate
 from compare import harness, judge, network, rows, tables
 from compare.judge import Judge
 from compare.network import Calibration, Measured, Network, whole
+from text.tokenizer import load_tokenizer
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 OLD = ("agreement", "divergence")  # what rows of earlier versions lack
@@ -145,6 +146,27 @@ def test_the_dense_model_is_read_once_and_measured_once_a_seed(command, tmp_path
         asked = row["method"] in ("shortgpt", "flattengpt")
         assert (row["seconds"] >= 0.2) == asked
         assert row["passes"] == {"shortgpt": 1, "flattengpt": 2}.get(row["method"], 0)
+
+
+def test_several_calibration_texts_are_mixed_and_the_first_judges(command, tmp_path, cli,
+                                                                  text_file, monkeypatch):
+    other, seen, of = tmp_path / "other.txt", [], network.Calibration
+    other.write_text(tiny.text()[::-1])
+
+    def calibration(tokens, *rest):
+        seen.append(tokens)
+        return of(tokens, *rest)
+    monkeypatch.setattr(harness, "Calibration", calibration)
+    run = [*command, "--methods", "shortgpt", "--out", tmp_path / "o"]
+    code, table, err = cli(harness.main, *run, "--data", text_file, other)
+    assert (code, err) == (0, "")
+    assert "4 x 32 tokens of text.txt, first 90% + other.txt, first 90%, judged on 3 windows of " \
+        "32 of text.txt, last 10%" in table
+    ids, _ = calibrate.read_texts(load_tokenizer(tmp_path / "tiny"), [str(text_file), str(other)])
+    expected = [calibrate.mixed_tokens(ids, 4, 32, seed) for seed in (0, 0, 1)]  # dense is first
+    assert all(map(torch.equal, seen, expected)) and len(seen) == 3
+    code, _, err = cli(harness.main, *run)
+    assert code == 2 and "calibration" in err  # one text is another experiment
 
 
 def without_seconds(table):

@@ -54,7 +54,7 @@ def make_zip(path):
 def test_folders_and_zips_give_their_splits(tmp_path, make):
     path, test = str(make(tmp_path)), (JOINED + "\n\ntest", "WikiText-2 test")
     assert calibration_text(path) == (JOINED + "\n\ntrain", "WikiText-2 train")
-    assert evaluation_text(path) == held_out_text(path) == test
+    assert evaluation_text(path) == held_out_text([path]) == test
 
 
 def test_without_the_train_split_validation_calibrates_and_never_test(tmp_path):
@@ -78,7 +78,7 @@ def test_the_test_split_under_any_name_is_no_calibration_text(tmp_path, monkeypa
 def test_any_text_file_is_cut_into_a_part_to_calibrate_on_and_a_held_out_part(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("".join(f"line {i}\n" for i in range(100)))
-    (first, a), (last, b) = calibration_text(str(path)), held_out_text(str(path))
+    (first, a), (last, b) = calibration_text(str(path)), held_out_text([str(path), "another"])
     assert first + last == path.read_text() == evaluation_text(str(path))[0]
     assert 0.08 < len(last) / len(path.read_text()) < 0.12 and last.startswith("line ")
     assert a == "notes.txt, first 90%" and b == "notes.txt, last 10%"

@@ -47,11 +47,12 @@ def calibration_text(data: str | None) -> tuple[str, str]:
     return text[:cut(text)], f"{path.name}, first {1 - HELD_OUT:.0%}"
 
 
-def held_out_text(data: str | None) -> tuple[str, str]:
+def held_out_text(texts: list[str] | None) -> tuple[str, str]:
     """Read a text to judge a compressed model on: WikiText-2's test split.
 
-    Of another file it is the last tenth.
+    Of another file it is the last tenth. Of several calibration texts the first decides.
     """
+    data = texts[0] if texts else None
     path = source(data) if data != PYTHON else None
     if path is None or path.is_dir() or zipfile.is_zipfile(path):
         return evaluation_text(data)
