@@ -2,9 +2,12 @@
 
     network.py      a model in memory, and the calibration text with a count of its passes
     dropping.py     blocks, or halves of blocks, are left out
+    patching.py     blocks are left out, and the rest is made to fit again
     merging.py      several blocks become one
     width.py        every block gets narrower
+    fisher.py       the same, by the gradients of masks
     flattened.py    FlattenGPT and its ablations
+    swaps.py        another elimination for our fit: OSSCAR's swaps
     methods.py      the list of all methods
     harness.py      python -m compare: all methods side by side, into tables like those in results/
     judge.py        how good a compressed model is
