@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from test_compare import randn, random_network
 
 import calibrate
 from compare import harness, judge, network, rows, tables
@@ -16,12 +17,6 @@ from text.tokenizer import load_tokenizer
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 OLD = ("agreement", "divergence")  # what rows of earlier versions lack
-
-
-def random_network(L=3):
-    cfg = tiny.config(num_hidden_layers=L)
-    blocks = [tiny.block(cfg, seed) for seed in range(L)]
-    return Network(cfg, blocks, tiny.random_tensors(cfg.outer_shapes(), 99))
 
 
 def random_windows(n=20, length=40, vocab=300):
@@ -38,13 +33,13 @@ def judge_of(dense, windows):
 
 
 def test_the_dense_model_agrees_with_itself():
-    dense = random_network()
+    dense = random_network(3)
     scores = judge_of(dense, random_windows()).scores(dense)
     assert scores["agreement"] == 1 and scores["divergence"] == 0
 
 
 def test_a_model_whose_head_is_shuffled_writes_other_tokens():
-    dense = random_network()
+    dense = random_network(3)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(2))
     shuffled = other_outside(dense, **{HEAD: dense.outside[HEAD][order]})
     scores = judge_of(dense, random_windows()).scores(shuffled)
@@ -53,8 +48,8 @@ def test_a_model_whose_head_is_shuffled_writes_other_tokens():
 
 def test_agreement_is_the_share_of_equal_tokens_of_texts_written_one_by_one():
     """Without a cache; each model reads what it wrote itself."""
-    dense, windows = random_network(), random_windows(3)
-    other = other_outside(dense, **{NORM: dense.outside[NORM] + 0.2 * randn(32)})
+    dense, windows = random_network(3), random_windows(3)
+    other = other_outside(dense, **{NORM: dense.outside[NORM] + 0.2 * randn(32, seed=3)})
     judged = judge_of(dense, windows)
 
     def written(net, ids):
@@ -67,16 +62,13 @@ def test_agreement_is_the_share_of_equal_tokens_of_texts_written_one_by_one():
     assert judged.scores(other)["agreement"] == expected and 0.05 < expected < 0.95
 
 
-def randn(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("change", ["norm", "head", "blocks"])
 def test_divergence_is_that_of_the_logits_of_both_models(change):
-    """The 16 windows are each token's whole distribution, final norm and head of its own model."""
-    dense, windows = random_network(), random_windows()
-    other = {"norm": other_outside(dense, **{NORM: dense.outside[NORM] * randn(32).exp()}),
-             "head": other_outside(dense, **{HEAD: dense.outside[HEAD] + 0.1 * randn(300, 32)}),
+    """Of whole distributions on 16 windows. Each model has its own final norm and head."""
+    dense, windows = random_network(3), random_windows()
+    norm, head = (dense.outside[name] for name in (NORM, HEAD))
+    other = {"norm": other_outside(dense, **{NORM: norm * randn(32).exp()}),
+             "head": other_outside(dense, **{HEAD: head + 0.1 * randn(300, 32)}),
              "blocks": dense.with_blocks(dense.blocks[:-1])}[change]
     judged = judge_of(dense, windows)
     some = windows[torch.linspace(0, 19, 16).round().long()]
