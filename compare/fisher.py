@@ -66,11 +66,11 @@ def units_that_stay(gradients: Tensor, keep: int) -> Tensor:
     """
     order = gradients.square().sum(0).argsort(stable=True).tolist()
     gone = order[:len(order) - keep]
-    for unit in order[len(gone):] if gone else []:
+    for unit in order[len(gone):]:
         gone.append(unit)
         without_each = gradients[:, gone].sum(1, keepdim=True) - gradients[:, gone]
         del gone[int(without_each.square().sum(0).argmin())]
-    return torch.tensor([unit for unit in range(len(order)) if unit not in set(gone)])
+    return torch.tensor(sorted(set(order) - set(gone)))
 
 
 def tuned(weights: Weights, name: str, features: Callable, xs: Tensor, target: Tensor, size: int,
