@@ -14,7 +14,8 @@ one, and a merged block is fitted to it, attention first, then the MLP:
                are left as will stay.
 3. values      What stays gets new values. With its pattern fixed a head is linear in v_proj; with
                its gate fixed a channel is linear in up_proj.
-4. again       o_proj (down_proj) is fitted once more, to the new values and on all of the text.
+4. again       o_proj (down_proj) is fitted once more, to the new values and on all of the text,
+               with a larger ridge.
 
 All problems are least squares (beyond/regression.py). They are solved exactly, except for step 3,
 which takes a few conjugate gradients. Elimination is greedy. No parameter is added.
@@ -156,14 +157,15 @@ def channel_features(weights: Weights, runner: Runner) -> Callable[[Tensor], Ten
 
 
 def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool,
-                 eliminate_units: Callable) -> Tensor:
-    """Choose the `keep` KV heads that stay, each with `size` rows of V. See eliminate_units.
+                 eliminator: Callable) -> Tensor:
+    """Choose the `keep` KV heads that stay, each with `size` rows of V.
 
-    `together`: they must be those of one member, as Qwen3's norms on queries and keys ask for.
+    `eliminator` is eliminate_units, or what takes its place. `together`: they must be those of one
+    member, as Qwen3's norms on queries and keys ask for.
     """
     if not together:
-        return eliminate_units(V, P, size, keep)
-    member = int(eliminate_units(V, P, size * keep, 1))
+        return eliminator(V, P, size, keep)
+    member = int(eliminator(V, P, size * keep, 1))
     return torch.arange(member * keep, (member + 1) * keep)
 
 
