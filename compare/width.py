@@ -6,14 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from beyond.refit import Fit
+from beyond.refit import Fit, channel_features, head_features
 from beyond.regression import RIDGE
 from checkpoint.config import Config
 from checkpoint.reader import Weights
 from compare.dropping import half_of, without_halves
 from compare.network import Calibration, Network
 from flatten import merge_groups
-from model import Block, Runner
+from model import Runner
 from prune import (
     best,
     channels_of,
@@ -97,21 +97,20 @@ def attentions_to_drop(config: Config, n: int, attention: int, balance: float = 
     """Return how many attentions 2SSP leaves out of a model that is to lose n of its L blocks.
 
     L r^(F / (a balance)), rounded, for r = n / L, attentions of a parameters and MLPs of F (arXiv
-    2501.17771, stage balance). Small MLPs would give more than must go in all: not more than that.
+    2501.17771, stage balance). Where MLPs are small, that can be more than must go in all;
+    then only as many go as fit into it.
     """
     L, block = config.num_hidden_layers, config.block_parameters()
     wanted = round(L * (n / L) ** ((block - attention) / (attention * balance)))
     return min(wanted, n * block // attention)
 
 
-def norms_over_tokens(block: Block, xs: Tensor, runner: Runner) -> Tensor:
-    """Return each channel's norm over the tokens of a window, summed over windows, (F,).
+def norms_over_tokens(features: Callable, xs: Tensor, runner: Runner) -> Tensor:
+    """Return the norm of each feature over the tokens of a window, summed over windows, (F,).
 
-    xs (N, T, C) are streams that have passed the block's attention.
+    `features` makes them, (B, T, F), of the streams xs (N, T, C).
     """
-    def norms(x: Tensor) -> list[Tensor]:
-        return [block.mlp.channels(block.post_attention_layernorm(x)).norm(dim=1)]
-    return runner.sums([xs], norms)[0].cpu()
+    return runner.sums([xs], lambda x: [features(x).norm(dim=1)])[0].cpu()
 
 
 def two_stages(network: Network, n: int, text: Calibration) -> Network:
@@ -135,7 +134,7 @@ def two_stages(network: Network, n: int, text: Calibration) -> Network:
     xs, blocks = text.embedded(network), []
     for weights in network.blocks:
         runner.attend(weights, xs)
-        kept = best(norms_over_tokens(runner.block(weights), xs, runner), channels)
+        kept = best(norms_over_tokens(channel_features(weights, runner), xs, runner), channels)
         runner.feed(weights, xs)
         blocks.append(prune_mlp(weights, kept, weights["mlp.down_proj.weight"][:, kept]))
     text.passes += 1
@@ -143,13 +142,13 @@ def two_stages(network: Network, n: int, text: Calibration) -> Network:
     return without_halves(narrow, drop * attention, text, kinds=(0,))
 
 
-def moments(outputs, xs: Tensor, runner: Runner) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance, (F,) each, of what `outputs` makes of the streams xs.
+def moments(features: Callable, xs: Tensor, runner: Runner) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance, (F,) each, of what `features` makes of the streams xs.
 
     Both are over all tokens.
     """
     def terms(x: Tensor) -> list[Tensor]:
-        u = outputs(x).double()
+        u = features(x).double()
         return [u, u.square()]
     sums, squares = runner.sums([xs], terms)
     tokens = xs.shape[0] * xs.shape[1]
@@ -181,9 +180,8 @@ def flap(network: Network, n: int, text: Calibration) -> Network:
     group = config.num_attention_heads // config.num_key_value_heads
 
     def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
-        block, o_proj = runner.block(members[0]), members[0]["self_attn.o_proj.weight"]
-        mean, variance = moments(
-            lambda x: block.self_attn.heads(block.input_layernorm(x), runner.rope), xs, runner)
+        o_proj = members[0]["self_attn.o_proj.weight"]
+        mean, variance = moments(head_features(members[0], runner), xs, runner)
         scores = fluctuation(variance, o_proj).view(config.num_key_value_heads, -1).mean(1)
         kept = best(scores, heads)
         queries = channels_of(query_heads_of(kept, group), config.head_dim)
@@ -192,9 +190,8 @@ def flap(network: Network, n: int, text: Calibration) -> Network:
         return pruned | {"self_attn.o_proj.bias": bias}, {}
 
     def mlp(weights: Weights, xs: Tensor) -> tuple[Weights, dict]:
-        block, down = runner.block(weights), weights["mlp.down_proj.weight"]
-        mean, variance = moments(
-            lambda x: block.mlp.channels(block.post_attention_layernorm(x)), xs, runner)
+        down = weights["mlp.down_proj.weight"]
+        mean, variance = moments(channel_features(weights, runner), xs, runner)
         kept = best(fluctuation(variance, down), channels)
         bias = mean_bias(mean, down, kept).to(down.dtype)
         return prune_mlp(weights, kept, down[:, kept]) | {"mlp.down_proj.bias": bias}, {}

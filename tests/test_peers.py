@@ -321,10 +321,12 @@ def test_2ssp_does_not_take_more_by_attentions_than_must_go():
 def test_norms_over_tokens_are_summed_over_windows():
     cfg, xs = tiny.config(), tiny.stream(tiny.config())
     run = tiny.runner(cfg, 12)
-    block = run.block(tiny.block(cfg, 0))
+    weights = tiny.block(cfg, 0)
+    block = run.block(weights)
     psi = block.mlp.channels(block.post_attention_layernorm(xs))
     expected = sum(window.square().sum(0).sqrt() for window in psi)
-    assert torch.allclose(width.norms_over_tokens(block, xs, run), expected)
+    found = width.norms_over_tokens(refit.channel_features(weights, run), xs, run)
+    assert torch.allclose(found, expected)
 
 
 def test_2ssp_takes_dead_channels_and_dead_attentions():
