@@ -6,13 +6,12 @@ which entered the block after the last one. All three methods are closed-form.
 import torch
 from torch import Tensor
 
+from beyond.refit import DOWN_PROJ
 from checkpoint.reader import Weights
 from compare.dropping import block_influence, linear_map, smallest, streamline_window
 from compare.network import Calibration, Network
 from flatten import WRITES
 from model import Runner
-
-DOWN_PROJ = "mlp.down_proj.weight"
 
 
 def scaled_writes(weights: Weights, scale: float) -> Weights:
@@ -30,10 +29,11 @@ def mlp_output(weights: Weights, xs: Tensor, runner: Runner) -> Tensor:
 def replaceme(network: Network, n: int, text: Calibration) -> Network:
     """Leave out n neighbouring blocks, and fold a linear map into the down_proj before them.
 
-    With M what that MLP adds to the stream Y, and X the stream after the gap, the map is
+    M is what that MLP adds to the stream Y, and X is the stream after the gap. The map is
     T = (M^T M)^-1 M^T (X - Y), the least-squares form of ReplaceMe (arXiv 2505.02819). For M^T M
     that cannot be inverted there is a tiny ridge, which pulls T to the identity. The gap is where
-    the streams before and after it are most alike; the first block always stays.
+    the streams before and after it are most alike by their mean cosine (the paper takes the mean
+    angle). The first block always stays.
     """
     similarity = text.measure(network).similarity
     start = 1 + int(similarity.diagonal(n)[1:].argmax())
@@ -53,8 +53,8 @@ def replaceme(network: Network, n: int, text: Calibration) -> Network:
 def size_ratios(xs: Tensor, ys: Tensor) -> Tensor:
     """Return how much larger each channel of the streams ys is than that of xs, (C,).
 
-    It is the ratio of mean sizes over a window's tokens; the mean over windows. xs and ys are
-    (N, T, C).
+    In each window it is mean |y| over mean |x|, means over tokens; then the mean over windows is
+    taken. xs and ys are (N, T, C).
     """
     return (ys.abs().mean(1) / xs.abs().mean(1)).mean(0)
 
