@@ -189,15 +189,15 @@ def finercut(network: Network, n: int, text: Calibration) -> Network:
     Predictions are compared with the dense model's by their Jensen-Shannon divergence (arXiv
     2405.18218). It ends when as many parameters are gone as n blocks have; the paper counts
     halves, large or small, as one. As in its released settings, 40 % of the blocks and one more, at
-    the bottom, stay as long as others are left. Its code puts the mean prediction first in both
-    terms of the divergence; here it comes second, as defined.
+    the bottom, are protected: here as long as others are left, there until 40 % of all halves are
+    gone. Its code puts the mean prediction first in both terms of the divergence; here it comes
+    second, as defined.
     """
     dense = text.run(network.blocks, text.embedded(network, trial=True))
     logits_of = readout(network.outside, text.runner)
 
     def moved(xs: Tensor) -> float:
-        return divergence(logits_of, dense, logits_of, xs, text.runner.device,
-                          jensen_shannon)
+        return divergence(logits_of, dense, logits_of, xs, text.runner.device, jensen_shannon)
     protected = int(0.4 * len(network.blocks)) + 1
     return without_halves(network, n * network.config.block_parameters(), text,
                           protected=protected, score=moved)
