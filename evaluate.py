@@ -151,10 +151,11 @@ def kullback_leibler(p: Tensor, q: Tensor) -> Tensor:
 @torch.inference_mode()
 def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor, device: torch.device,
                distance: Callable[[Tensor, Tensor], Tensor] = kullback_leibler) -> float:
-    """Return the mean over tokens of the distance between predictions p and q, KL(p || q).
+    """Return the mean over tokens of the distance between predictions p and q.
 
-    p_of makes the logits of p from states xs (N, T, C), and q_of those of q from ys. Logits exist
-    for 1024 tokens at a time, as above.
+    It is KL(p || q), in nats, unless `distance` is another function of their logarithms. p_of makes
+    the logits of p from states xs (N, T, C), and q_of those of q from ys. Logits exist for 1024
+    tokens at a time, as above.
     """
     total = 0.0
     for rows in batches(xs):

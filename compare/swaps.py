@@ -1,7 +1,7 @@
 """OSSCAR's local search: after an elimination, swap units that stay for units that went.
 
 A regression of the fit (beyond/regression.py) minimises 1/2 <V, H V> - <V, G> over weights V
-(n, C), with H = A + ridge I and G = B + ridge W. Over the rows K alone its least value is
+(n, C). Here H = A + ridge I and G = B + ridge W. Over the rows K alone its least value is
 
     -1/2 <G_K, V_K>        V_K = H_KK^-1 G_K
 
