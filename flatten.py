@@ -384,7 +384,7 @@ def read_record(source: Checkpoint) -> dict:
         settings = record["settings"]
         fits = (widths == source.config.widths and settings.keys() >= SETTINGS
                 and settings["dtype"] in DTYPES and isinstance(record["command"], str)
-                and isinstance(settings["data"], str | list | None)
+                and isinstance(settings["data"], str | list | None) and settings["data"] != []
                 and all(isinstance(text, str) for text in settings["data"] or [])
                 and all(isinstance(value, float) for value in similarities))
     except (OSError, KeyError, TypeError, AttributeError):

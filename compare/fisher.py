@@ -26,6 +26,8 @@ from evaluate import readout, window_losses
 from model import batches, embed, symmetric
 from prune import prune_attention, prune_mlp
 
+RIDGE = 0.01  # of the tuning, in mean eigenvalues: enough for units that move together
+
 
 def mask_gradients(network: Network, text: Calibration) -> tuple[list[Tensor], list[Tensor]]:
     """Return the gradients of the masks of each block's KV heads (N, KV), and channels (N, F).
@@ -89,7 +91,7 @@ def tuned(weights: Weights, name: str, features: Callable, xs: Tensor, target: T
     # <y_u, y_v> sums z_i z_j <W_i, W_j> over the rows i of unit u and j of unit v
     A = (symmetric(A) * (W @ W.T)).unflatten(0, (-1, size)).unflatten(2, (-1, size)).sum((1, 3))
     b = (B * W).sum(1).view(-1, size).sum(1)
-    factors = fit(torch.ones_like(b)[:, None], b[:, None], *ridged(A))      # (units, 1)
+    factors = fit(torch.ones_like(b)[:, None], b[:, None], *ridged(A, RIDGE))   # (units, 1)
     new = W * factors.repeat_interleave(size, dim=0)
     return weights | {name: new.T.to(weights[name]).contiguous()}
 

@@ -408,7 +408,7 @@ def test_tuned_factors_are_the_ridge_optimum_over_units():
         # the mean is over tokens, not over numbers: hence the factor C
         factors = ridge_optimum(added.flatten(0, 1) * 32 ** 0.5,
                                 target.flatten()[:, None] * 32 ** 0.5,
-                                torch.ones(len(W) // size, 1).double(), regression.RIDGE)
+                                torch.ones(len(W) // size, 1).double(), fisher.RIDGE)
         tuned = fisher.tuned(weights, name, features, xs, target, size, text)
         expected = weights[name] * factors.flatten().repeat_interleave(size)
         assert torch.allclose(tuned[name], expected)
