@@ -42,6 +42,7 @@ from beyond.regression import (
     fit,
     mean_squares,
     means,
+    ridge_of,
     ridged,
 )
 from calibrate import measure, read_tokens
@@ -366,7 +367,7 @@ class Fit:
             n = self.norm(u)
             return [(n, n), *((n, self.norm(x)) for x in own)]
         G, *cross = means(self.runner, [few(xs), *own], terms)
-        factor, pull = ridged(G, self.ridge)
+        factor, pull = self.ridged(G, few(xs))
         return [read_through(member, READS[norm_name], alignment(product, factor, pull))
                 for member, product in zip(self.members, cross, strict=True)]
 
@@ -382,12 +383,12 @@ class Fit:
         if "values" in self.parts:
             block = precise(weights, runner)
             attention = block.self_attn
-            V = new_values(attention.v_proj, attention.o_proj, few(xs, ENOUGH),
-                           few(target, ENOUGH), block.input_layernorm,
-                           lambda n: mix_heads(attention, n, runner.rope), runner, self.ridge)
+            V = self.new_values(attention.v_proj, attention.o_proj, xs, target,
+                                block.input_layernorm,
+                                lambda n: mix_heads(attention, n, runner.rope))
             weights[V_PROJ] = stored(V.T, wide[V_PROJ])
         A, B = self.products(head_features(weights, runner), xs, target, "head")
-        weights[O_PROJ] = stored(fit(W, B, *ridged(A, AGAIN * self.ridge)), wide[O_PROJ])
+        weights[O_PROJ] = stored(fit(W, B, *self.ridged(A, xs, AGAIN)), wide[O_PROJ])
         check_finite(weights, FIT)
         return weights, heads
 
@@ -403,12 +404,11 @@ class Fit:
         if "values" in self.parts:
             block = precise(weights, runner)
             mlp = block.mlp
-            V = new_values(mlp.up_proj, mlp.down_proj, few(xs, ENOUGH), few(target, ENOUGH),
-                           block.post_attention_layernorm, lambda n: mix_channels(mlp, n), runner,
-                           self.ridge)
+            V = self.new_values(mlp.up_proj, mlp.down_proj, xs, target,
+                                block.post_attention_layernorm, lambda n: mix_channels(mlp, n))
             weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
         C, B = self.products(channel_features(weights, runner), xs, target, "channel")
-        weights[DOWN_PROJ] = stored(fit(W, B, *ridged(C, AGAIN * self.ridge)), wide[DOWN_PROJ])
+        weights[DOWN_PROJ] = stored(fit(W, B, *self.ridged(C, xs, AGAIN)), wide[DOWN_PROJ])
         check_finite(weights, FIT)
         return weights, channels.cpu()
 
@@ -424,7 +424,7 @@ class Fit:
         features = head_features(wide, self.runner)
         if "eliminate" in self.parts:
             A, B = self.products(features, few(xs), few(target), "head")
-            factor, pull = ridged(A, self.ridge)
+            factor, pull = self.ridged(A, few(xs))
             W = fit(W, B, factor, pull)
             together = config.qk_norm and len(self.members) > 1
             heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, together,
@@ -453,12 +453,26 @@ class Fit:
             shortlisted = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
             features = channel_features(shortlisted, self.runner)
             C, B = self.products(features, few(xs), few(target), "channel")
-            factor, pull = ridged(C, self.ridge)
+            factor, pull = self.ridged(C, few(xs))
             W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor)
             del C, factor  # large: of three such matrices only P is needed from here on
             stay = self.eliminators[1](W, P, keep)
             W, channels = W[stay], channels[stay]
         return channels, W
+
+    def new_values(self, proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, target: Tensor,
+                   norm: RMSNorm, mixer: Callable) -> Tensor:
+        """Return new_values (step 3) by at most ENOUGH tokens of xs and target (N, T, C)."""
+        xs, target = few(xs, ENOUGH), few(target, ENOUGH)
+        ridge = ridge_of(proj.in_features, xs, self.ridge)
+        return new_values(proj, writes, xs, target, norm, mixer, self.runner, ridge)
+
+    def ridged(self, A: Tensor, xs: Tensor, times: float = 1) -> tuple[Tensor, float]:
+        """Return the Cholesky factor of A = E[z^T z] with its ridge, and the ridge.
+
+        z are features of the tokens of xs (N, T, C). The ridge is `times` the one of ridge_of.
+        """
+        return ridged(A, times * ridge_of(len(A), xs, self.ridge))
 
     def products(self, features: Callable[[Tensor], Tensor], xs: Tensor, target: Tensor,
                  unit: str) -> tuple[Tensor, Tensor]:

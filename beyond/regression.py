@@ -13,7 +13,7 @@ from torch import Tensor
 from model import Runner, sum_dtype
 from prune import absolute_ridge, regularized_cholesky
 
-RIDGE = 0.2   # of every problem here, in mean eigenvalues of its matrix
+RIDGE = 3.0   # of every problem here, see ridge_of
 STEPS = 64    # channels are eliminated in about this many batches
 
 
@@ -37,7 +37,16 @@ def mean_squares(runner: Runner, xs: Tensor, features: Callable[[Tensor], Tensor
 
 # ---- solutions
 
-def ridged(A: Tensor, multiple: float = RIDGE) -> tuple[Tensor, float]:
+def ridge_of(features: int, xs: Tensor, ridge: float = RIDGE) -> float:
+    """Return the ridge for a regression on this many features of the tokens of xs (N, T, C).
+
+    It is ridge * features / tokens, in mean eigenvalues of A = E[z^T z]. The more unknowns there
+    are for each token, the less they can be trusted (Hoerl, Kennard and Baldwin 1975).
+    """
+    return ridge * features / (xs.shape[0] * xs.shape[1])
+
+
+def ridged(A: Tensor, multiple: float) -> tuple[Tensor, float]:
     """Return the Cholesky factor of A + ridge I, and the ridge.
 
     The ridge is `multiple` mean eigenvalues of A (n, n), or 1 if A is zero.

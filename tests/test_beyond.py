@@ -39,8 +39,13 @@ def eye(n):
 def test_alignment_is_the_identity_for_equal_inputs_and_exact_for_linear_images():
     n, M = randn(200, 6), randn(6, 6, seed=1)
     G = n.T @ n / 200
-    assert torch.allclose(regression.alignment(G, *regression.ridged(G)), eye(6))
+    assert torch.allclose(regression.alignment(G, *regression.ridged(G, 0.1)), eye(6))
     assert torch.allclose(regression.alignment(G @ M, *regression.ridged(G, 1e-12)), M, atol=1e-8)
+
+
+def test_the_ridge_grows_with_the_unknowns_for_each_token():
+    xs = torch.zeros(8, 50, 3)
+    assert regression.ridge_of(40, xs, 3.0) == pytest.approx(3.0 * 40 / 400)
 
 
 def test_alignment_is_the_ridge_optimum():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_compare import calibration, logits, mean_loss, network, own_text, randn, random_network
 
 from beyond import refit, regression
+from beyond.regression import ridge_of
 from compare import dropping, fisher, flattened, patching, swaps, width
 from compare.methods import METHODS
 from compare.network import whole
@@ -52,15 +53,17 @@ def test_the_first_member_is_fitted_to_what_all_members_add():
     assert all(torch.equal(fitted[name], first[name]) for name in first if name not in WRITES)
     block = run.block(first)
     z = block.self_attn.heads(block.input_layernorm(start), run.rope).flatten(0, 1)
-    expected = ridge_optimum(z, added.flatten(0, 1), first[O_PROJ].T, ridge)
+    once = ridge_of(z.shape[1], xs, ridge)
+    expected = ridge_optimum(z, added.flatten(0, 1), first[O_PROJ].T, once)
     # fitted twice: each time the ridge pulls to the weights of the time before
-    expected = ridge_optimum(z, added.flatten(0, 1), expected, refit.AGAIN * ridge)
+    expected = ridge_optimum(z, added.flatten(0, 1), expected, refit.AGAIN * once)
     assert torch.allclose(fitted[O_PROJ].T, expected)
     middle = start + (z @ expected).view_as(start)
     psi = block.mlp.channels(block.post_attention_layernorm(middle)).flatten(0, 1)
     left = (x - middle).flatten(0, 1)
-    expected = ridge_optimum(psi, left, first[DOWN_PROJ].T, ridge)
-    expected = ridge_optimum(psi, left, expected, refit.AGAIN * ridge)
+    once = ridge_of(psi.shape[1], xs, ridge)
+    expected = ridge_optimum(psi, left, first[DOWN_PROJ].T, once)
+    expected = ridge_optimum(psi, left, expected, refit.AGAIN * once)
     assert torch.allclose(fitted[DOWN_PROJ].T, expected)
     assert kept["kv_heads"] == [[0, 1]] and kept["channels"] == [list(range(40))]
 
