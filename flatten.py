@@ -254,8 +254,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="fraction of all parameters to remove (default 0.2)")
     parser.add_argument("--out", type=Path, help="result (default out/NAME-METHOD-RATIO)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.add_argument("--ridge", type=float, help="ridge: of the paper in mean eigenvalues (default 10), of the "
-                             "fit times features per token (default 3)")
+    parser.add_argument("--ridge", type=float,
+                        help="in mean eigenvalues: the paper's (default 10), or the fit's for one "
+                             "feature per token (default 3)")
     parser.add_argument("--max-group", type=int,
                         help="most blocks to join into one (default: no limit; 2: pairs only)")
     parser.add_argument("--explain", action="store_true", help="say more about what was chosen")
