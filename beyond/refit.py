@@ -367,7 +367,7 @@ class Fit:
             n = self.norm(u)
             return [(n, n), *((n, self.norm(x)) for x in own)]
         G, *cross = means(self.runner, [few(xs), *own], terms)
-        factor, pull = self.ridged(G, few(xs))
+        factor, pull = ridged(G, ridge_of(len(G), own[0], self.ridge))
         return [read_through(member, READS[norm_name], alignment(product, factor, pull))
                 for member, product in zip(self.members, cross, strict=True)]
 
@@ -387,8 +387,8 @@ class Fit:
                                 block.input_layernorm,
                                 lambda n: mix_heads(attention, n, runner.rope))
             weights[V_PROJ] = stored(V.T, wide[V_PROJ])
-        A, B = self.products(head_features(weights, runner), xs, target, "head")
-        weights[O_PROJ] = stored(fit(W, B, *self.ridged(A, xs, AGAIN)), wide[O_PROJ])
+        problem = self.regression(head_features(weights, runner), xs, target, "head", AGAIN)
+        weights[O_PROJ] = stored(fit(W, *problem), wide[O_PROJ])
         check_finite(weights, FIT)
         return weights, heads
 
@@ -407,8 +407,8 @@ class Fit:
             V = self.new_values(mlp.up_proj, mlp.down_proj, xs, target,
                                 block.post_attention_layernorm, lambda n: mix_channels(mlp, n))
             weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
-        C, B = self.products(channel_features(weights, runner), xs, target, "channel")
-        weights[DOWN_PROJ] = stored(fit(W, B, *self.ridged(C, xs, AGAIN)), wide[DOWN_PROJ])
+        problem = self.regression(channel_features(weights, runner), xs, target, "channel", AGAIN)
+        weights[DOWN_PROJ] = stored(fit(W, *problem), wide[DOWN_PROJ])
         check_finite(weights, FIT)
         return weights, channels.cpu()
 
@@ -423,8 +423,7 @@ class Fit:
         W = wide[O_PROJ].double().T.to(self.runner.device)                  # (H*D, C)
         features = head_features(wide, self.runner)
         if "eliminate" in self.parts:
-            A, B = self.products(features, few(xs), few(target), "head")
-            factor, pull = self.ridged(A, few(xs))
+            B, factor, pull = self.regression(features, few(xs), few(target), "head")
             W = fit(W, B, factor, pull)
             together = config.qk_norm and len(self.members) > 1
             heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, together,
@@ -452,10 +451,9 @@ class Fit:
         if "eliminate" in self.parts:
             shortlisted = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
             features = channel_features(shortlisted, self.runner)
-            C, B = self.products(features, few(xs), few(target), "channel")
-            factor, pull = self.ridged(C, few(xs))
+            B, factor, pull = self.regression(features, few(xs), few(target), "channel")
             W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor)
-            del C, factor  # large: of three such matrices only P is needed from here on
+            del factor  # large: only P is needed from here on
             stay = self.eliminators[1](W, P, keep)
             W, channels = W[stay], channels[stay]
         return channels, W
@@ -467,25 +465,19 @@ class Fit:
         ridge = ridge_of(proj.in_features, xs, self.ridge)
         return new_values(proj, writes, xs, target, norm, mixer, self.runner, ridge)
 
-    def ridged(self, A: Tensor, xs: Tensor, times: float = 1) -> tuple[Tensor, float]:
-        """Return the Cholesky factor of A = E[z^T z] with its ridge, and the ridge.
+    def regression(self, features: Callable[[Tensor], Tensor], xs: Tensor, target: Tensor,
+                   unit: str, times: float = 1) -> tuple[Tensor, Tensor, float]:
+        """Return what regression.fit takes to fit z = features(x) to t, for streams xs and target.
 
-        z are features of the tokens of xs (N, T, C). The ridge is `times` the one of ridge_of.
-        """
-        return ridged(A, times * ridge_of(len(A), xs, self.ridge))
-
-    def products(self, features: Callable[[Tensor], Tensor], xs: Tensor, target: Tensor,
-                 unit: str) -> tuple[Tensor, Tensor]:
-        """Return E[z^T z] and E[z^T t] for z = features(x); x and t are the streams xs and target.
-
-        ValueError if a number is not finite; `unit` says what z is of.
+        That is B = E[z^T t], the Cholesky factor of E[z^T z] with its ridge, and the ridge: `times`
+        the one of ridge_of. ValueError if a number is not finite; `unit` says what z is of.
         """
         def terms(u: Tensor, t: Tensor) -> list:
             z = features(u)
             return [(z, z), (z, t)]
         A, B = means(self.runner, [xs, target], terms)
         check_finite({f"the {unit} statistics": A, f"what {unit}s should add": B}, FIT)
-        return A, B
+        return B, *ridged(A, times * ridge_of(len(A), xs, self.ridge))
 
 
 def refit_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner, ridge: float = RIDGE,
