@@ -93,7 +93,7 @@ def model_card(name: str, config: dict, record: dict) -> str:
     asked = f" (asked: {record['ratio_asked']})" if "ratio_asked" in record else ""
     facts = {"method": record.get("method"), "parameters": f"{before:,} before, {after:,} after",
              "ratio": f"{record['ratio_reached']:.4f} of all parameters removed{asked}",
-             "blocks joined": ", ".join(joined),
+             "one block in place of": ", ".join(joined),
              "command": f"`{record['command']}`" if "command" in record else None}
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in about.items() if value)
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value)

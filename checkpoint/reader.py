@@ -3,6 +3,7 @@
 Tensors come as views of the memory-mapped file. So of a model larger than memory only the block
 that is being looked at takes memory.
 """
+import hashlib
 import math
 from pathlib import Path, PurePosixPath
 
@@ -87,6 +88,14 @@ class Checkpoint:
             parameters += n
             total_bytes += n * STORED[tensor.get_dtype()].itemsize
         return parameters, total_bytes
+
+    def digest(self) -> str:
+        """Return SHA-256 of the first and the last block's bytes, which tells checkpoints apart."""
+        sha256 = hashlib.sha256()
+        for i in (0, self.config.num_hidden_layers - 1):
+            for tensor in self.block(i).values():
+                sha256.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return sha256.hexdigest()
 
     def _slice(self, name: str):
         """Return a tensor whose shape and dtype are known, and whose values are not read yet."""

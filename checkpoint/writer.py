@@ -53,21 +53,24 @@ class Writer:
         self.blocks += 1
 
     def finish(self, groups: list[list[int]], record: dict, wide: bool = False,
-               changes: dict | None = None) -> dict:
+               changes: dict | None = None, outer: Weights | None = None) -> dict:
         """Write what surrounds the blocks and move the folder in place. Returns the full record.
 
         groups[k] are the source's blocks that became block k. The counted sizes are added to
-        `record`, which is written as flatten.json. `changes` are other fields for config.json.
+        `record`, which is written as flatten.json. If it names a dense model already, because the
+        source itself is a result, that stays. `changes` are other fields for config.json, `outer`
+        the tensors outside the blocks if they are not the source's.
         """
-        self._collect(self.source.outer())
+        self._collect(outer or self.source.outer())
         self._flush()
         self._name_shards()
         config = new_config(self.source, groups, wide) | (changes or {})
         write_json(self.folder / "config.json", config)
         copy_beside(self.source.path, self.folder)
-        before, after = self.source.size()[0], Checkpoint(self.folder).size()[0]
-        record = record | {"parameters_before": before, "parameters_after": after,
-                           "ratio_reached": round(1 - after / before, 6)}
+        dense = {"source_sha256": self.source.digest(), "parameters_before": self.source.size()[0]}
+        record = dense | record
+        before, after = record["parameters_before"], Checkpoint(self.folder).size()[0]
+        record |= {"parameters_after": after, "ratio_reached": round(1 - after / before, 6)}
         if self.source.hub_id:
             record["base_model"] = self.source.hub_id
         write_json(self.folder / "flatten.json", record)

@@ -84,21 +84,12 @@ class Bench:
         sha256 = hashlib.sha256()
         for ids in (*self.ids, *self.judged.values()):
             sha256.update(hashlib.sha256(ids.numpy().tobytes()).digest())
-        sha256.update(weights_digest(self.source))
+        sha256.update(bytes.fromhex(self.source.digest()))
         return {"checkpoint": self.source.name, "calibration": self.calibration,
                 "samples": self.samples, "trials": self.trials, "length": self.length,
                 "windows": {name: len(windows) for name, windows in self.judged.items()},
                 "dtype": str(self.runner.dtype).removeprefix("torch."),
                 "device": self.runner.device.type, "sha256": sha256.hexdigest()}
-
-
-def weights_digest(source: Checkpoint) -> bytes:
-    """Return SHA-256 of the first and the last block's bytes: it tells checkpoints apart."""
-    sha256 = hashlib.sha256()
-    for i in (0, source.config.num_hidden_layers - 1):
-        for tensor in source.block(i).values():
-            sha256.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return sha256.digest()
 
 
 def cells(ratios: list[float], methods: list[str], seeds: int) -> list[Cell]:
@@ -132,10 +123,26 @@ def try_cell(bench: Bench, cell: Cell, save_in: Path | None) -> dict:
     try:
         result, network = run_cell(bench, cell)
         if save_in and network.ordinary and cell.method != DENSE:
-            save(network, bench.source, folder_of(cell, bench.source, save_in), row | result)
+            groups = groups_left(network, bench.dense)
+            record = row | result | ({"groups": groups} if groups else {})
+            save(network, bench.source, folder_of(cell, bench.source, save_in), record)
         return row | result
     except Exception as error:  # whatever it is, the other cells go on, and the row says why
         return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def groups_left(network: Network, dense: Network) -> list[dict] | None:
+    """Return the dense model's blocks that each block stands for: itself, and those left out next.
+
+    The first block also stands for those left out before it. None if any block is new.
+    """
+    places = {id(block): i for i, block in enumerate(dense.blocks)}
+    kept = [places.get(id(block)) for block in network.blocks]
+    if None in kept:
+        return None
+    stops = [*kept[1:], len(dense.blocks)]
+    return [{"blocks": list(range(start, stop))}
+            for start, stop in zip([0, *kept[1:]], stops, strict=True)]
 
 
 def save(network: Network, source: Checkpoint, out: Path, record: dict) -> None:

@@ -84,17 +84,19 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def progress(items: Iterable, what: str, total: int) -> Iterator:
+def progress(items: Iterable, what: str | Callable[[], str], total: int) -> Iterator:
     """Yield the items, and tell on stderr how many are done, seconds for each, and time left.
 
-    A terminal gets one line that changes. A log gets a line every half minute, and the last.
+    `what` says of what, or is a function that says it anew each time. A terminal gets one line that
+    changes. A log gets a line every half minute, and the last.
     """
     start, last, live = time.monotonic(), 0.0, sys.stderr.isatty()
     for done, item in enumerate(items, 1):
         yield item
         spent = time.monotonic() - start
         each = spent / done
-        line = f"{what} {done}/{total}   {each:.3g} s each   {each * (total - done):.0f} s left"
+        name = what() if callable(what) else what
+        line = f"{name} {done}/{total}   {each:.3g} s each   {each * (total - done):.0f} s left"
         if live:
             print(f"\r{line} \033[K", end="", file=sys.stderr, flush=True)
         elif spent - last > 30 or (done == total and spent > 1):

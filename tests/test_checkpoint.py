@@ -609,7 +609,7 @@ def test_the_model_card_says_what_was_done_and_how_to_load_it(ckpt, tmp_path):
         "method: joined",
         f"{record['ratio_reached']:.4f}",
         "(asked: 0.25)",
-        "blocks joined: 1+2, 3+4",
+        "one block in place of: 1+2, 3+4",
         "`python flatten.py --ckpt x`",
         'from_pretrained("this/folder")',
     ):

@@ -1,0 +1,108 @@
+"""What a compressed model learns from: the text, or the dense model as its teacher.
+
+The stream keeps its width, and flatten.json says which blocks became one. So the teacher can teach
+every block directly, with no map between widths.
+
+    labels    -log q(next token)                            the paper's recovery fine-tuning
+    kl        KL(p || q), p the teacher's predictions       distillation
+    hidden    kl + c hidden_loss, c = kl / hidden_loss      Minitron, arXiv 2407.14679
+    come      hidden_loss of each block alone, on the teacher's stream, for the first half; then kl
+
+CoMe (arXiv 2510.15304) has not published how it trains. The form of its two stages is ours.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from evaluate import kullback_leibler
+from model import Transformer, rope_table
+
+LOSSES = ("labels", "kl", "hidden", "come")
+PIECE = 1024  # tokens whose logits exist at a time
+
+
+def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean loss of the right tokens, targets (n,), for logits (n, V)."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def teacher_loss(logits: Tensor, teachers: Tensor) -> Tensor:
+    """Return the mean of KL(p || q) in nats, q of logits (n, V) and p of the teacher's (n, V)."""
+    p, q = teachers.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return kullback_leibler(p, q).mean()
+
+
+def hidden_loss(streams: list[Tensor], teachers: list[Tensor]) -> Tensor:
+    """Return the mean over blocks of E|y - t|^2 / E|t|^2, over the n tokens of y and t (n, C).
+
+    y is the stream after a block, and t the teacher's after the last block that it stands for.
+    """
+    pairs = [(y.float(), t.float()) for y, t in zip(streams, teachers, strict=True)]
+    return torch.stack([(y - t).pow(2).sum() / t.pow(2).sum() for y, t in pairs]).mean()
+
+
+def balanced(loss: Tensor, other: Tensor) -> Tensor:
+    """Return loss + c * other. The weight c makes both equal, and no gradient flows through it."""
+    return loss + loss.detach() / other.detach().clamp_min(1e-30) * other
+
+
+def streams(net: Transformer, ids: Tensor, checkpointing: bool = False) -> list[Tensor]:
+    """Return the streams (B, T, C) of ids (B, T): into the first block, and out of each.
+
+    With checkpointing a block runs again in the backward pass, so its inner values are not kept.
+    """
+    xs = [net.model["embed_tokens"](ids)]
+    rope = rope_table(net.config, 0, ids.shape[1], xs[0])
+    for block in net.model["layers"]:
+        keep = not checkpointing
+        xs.append(block(xs[-1], rope) if keep else
+                  checkpoint(block, xs[-1], rope, use_reentrant=False))
+    return xs
+
+
+def in_pieces(loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, others: Tensor) -> Tensor:
+    """Return the mean of a loss over n tokens, for states (n, C) and what belongs to each (n, ...).
+
+    A vocabulary is large, so logits exist for a piece of the tokens at a time. They are made again
+    in the backward pass.
+    """
+    pieces = zip(states.split(PIECE), others.split(PIECE), strict=True)
+    parts = [len(x) * checkpoint(loss, x, other, use_reentrant=False) for x, other in pieces]
+    return torch.stack(parts).sum() / len(states)
+
+
+def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups: list[list[int]],
+           ids: Tensor, learned: Tensor, done: float = 0.0, checkpointing: bool = False) -> Tensor:
+    """Return one of LOSSES, for ids (B, T) of which the tokens in `learned` (B, T) are predicted.
+
+    groups[k] are the teacher's blocks that block k stands for; where there are several, the hidden
+    loss compares. `done` is the share of the training that is over.
+    """
+    predicting = learned[:, 1:]                                             # (B, T - 1)
+
+    def pick(x: Tensor) -> Tensor:
+        return x[:, :-1][predicting]                                        # (n, ...)
+
+    def logits(net: Transformer, states: Tensor) -> Tensor:
+        return net.head(net.model["norm"](states))                          # (n, V)
+
+    if loss != "labels":
+        with torch.no_grad():
+            ts = streams(teacher, ids)
+        joined = [(k, group[0], group[-1] + 1) for k, group in enumerate(groups) if len(group) > 1]
+        targets = [pick(ts[stop]) for _, _, stop in joined]
+    if loss == "come" and done < 0.5:
+        blocks, rope = student.model["layers"], rope_table(student.config, 0, ids.shape[1], ts[0])
+        return hidden_loss([pick(blocks[k](ts[start], rope)) for k, start, _ in joined], targets)
+    xs = streams(student, ids, checkpointing)
+    if loss == "labels":
+        return in_pieces(lambda x, y: label_loss(logits(student, x), y),
+                         pick(xs[-1]), ids[:, 1:][predicting])
+    kl = in_pieces(lambda x, t: teacher_loss(logits(student, x), logits(teacher, t)),
+                   pick(xs[-1]), pick(ts[-1]))
+    if loss != "hidden":
+        return kl
+    return balanced(kl, hidden_loss([pick(xs[k + 1]) for k, _, _ in joined], targets))

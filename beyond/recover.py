@@ -1,0 +1,366 @@
+"""Train a compressed model for a while, with the dense model as its teacher.
+
+Takes the result of any method that joins neighbours or leaves blocks out. Trained is a LoRA at
+every projection, or the last blocks with norm and head (--last), or everything (--full). What the
+model learns from is one of four (--loss; see beyond/lessons.py). A LoRA is merged at the end, so
+the result is an ordinary checkpoint of the same shapes.
+
+A run is saved beside its output every few minutes. After a kill the same command with --resume goes
+on from there, and ends with the same weights.
+
+    python -m beyond.recover --ckpt out/NAME-refit-0.2 --teacher PATH
+    python -m beyond.recover --ckpt out/NAME-refit-0.2 --teacher PATH --data questions.json
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import console
+from beyond.lessons import LOSSES, lesson
+from beyond.lora import add_lora, merge_lora
+from checkpoint.config import read_json
+from checkpoint.reader import Checkpoint, Weights
+from checkpoint.writer import Writer
+from console import command, progress
+from console.options import add_device_options, compute_dtype
+from evaluate import compare, stop_ids
+from model import Transformer, batches, check_ids, load, move
+from text import stdlib
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.wikitext import PYTHON, calibration_text, held_out_text, read
+
+RATES = {"lora": 1e-3, "last": 1e-4, "full": 3e-4}  # the largest learning rates
+MOST_PYTHON = 10_000_000  # characters of Python's library
+JUDGED = 16         # held-out windows whose loss is measured
+TIMES = 8           # how often in a run
+SAVE_EVERY = 300.0  # seconds
+OPTIONS = ("loss", "last", "full", "steps", "batch", "length", "rate", "seed", "checkpointing")
+
+
+# ---- what belongs together
+
+def correspondence(student: Checkpoint, teacher: Checkpoint) -> tuple[dict, list[list[int]]]:
+    """Read a result's flatten.json, and which of the teacher's blocks each block stands for.
+
+    ValueError if the result was not made of this teacher.
+    """
+    path = student.path / "flatten.json"
+    if not path.is_file():
+        raise ValueError(f"{student.path} has no flatten.json: --ckpt must be a result of "
+                         "flatten.py, beyond.refit or compare --save")
+    record = read_json(path)
+    if record.get("source_sha256") != teacher.digest():
+        raise ValueError(f"{student.path} was not made of {teacher.path}: its flatten.json names "
+                         "another source_sha256; give the dense model that was compressed")
+    groups = [group["blocks"] for group in record.get("groups", [])]
+    blocks = [i for group in groups for i in group]
+    if (blocks != list(range(teacher.config.num_hidden_layers))
+            or len(groups) != student.config.num_hidden_layers):
+        raise ValueError(f"{path} does not say which of the teacher's blocks each block stands "
+                         "for; recovery is for models made by joining neighbours or leaving "
+                         "blocks out")
+    return record, groups
+
+
+def parts_to_train(net: Transformer, args: argparse.Namespace) -> Weights:
+    """Choose the parameters to train, and make them float32. Returns them by name."""
+    if args.full:
+        net.requires_grad_(True)
+    elif args.last:
+        L = len(net.model["layers"])
+        if args.last > L:
+            raise ValueError(f"--last {args.last}: the model has {L} blocks")
+        head = net.lm_head or net.model["embed_tokens"]  # a tied head is the embedding table
+        for part in (*net.model["layers"][-args.last:], net.model["norm"], head):
+            part.requires_grad_(True)
+    else:
+        add_lora(net, args.seed)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.data = p.data.to(torch.float32, copy=True)  # a stored tensor may be a view of its file
+    return trained
+
+
+# ---- text to learn from
+
+def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
+                length: int) -> tuple[list | Tensor, str]:
+    """Read one --data: the ids (tokens,) of a text, or a list of instructions; and its name.
+
+    Instructions are a JSON list of objects with instruction, input and output. Each becomes its
+    ids, and the number of those that belong to the question. ValueError for anything else.
+    """
+    if not str(path).endswith(".json"):
+        text, name = calibration_text(path)
+        if path == PYTHON:
+            text = stdlib.text(evaluation=False, characters=MOST_PYTHON)
+        ids = torch.tensor(tokenizer.encode(text))
+        if len(ids) < 20 * length:
+            raise ValueError(f"{name} has {len(ids)} tokens, fewer than twenty windows of "
+                             f"--length {length}, of which one judges; give a longer text")
+        return ids, name
+    try:
+        rows = [(f"### Instruction:\n{row['instruction']}\n\n"
+                 + (f"### Input:\n{row['input']}\n\n" if row.get("input") else "")
+                 + "### Response:\n", row["output"] + "") for row in json.loads(read(Path(path)))]
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a list of objects with the texts instruction, input "
+                         f"and output ({type(error).__name__}: {error})") from None
+    texts = [(torch.tensor([*tokenizer.encode(question + answer), *stop[:1]][:length]),
+              len(tokenizer.encode(question))) for question, answer in rows]
+    texts = [(ids, asked) for ids, asked in texts if asked < len(ids)]
+    if len(texts) < 20:
+        raise ValueError(f"{path} has {len(texts)} instructions whose questions are shorter than "
+                         f"--length {length}, and at least 20 are needed, of which one judges")
+    return texts, Path(path).name
+
+
+def split(text: list | Tensor) -> tuple[list | Tensor, list | Tensor]:
+    """Cut the last twentieth off a text: it judges, and is never learned from."""
+    end = len(text) - len(text) // 20
+    return text[:end], text[end:]
+
+
+def draw(texts: list, n: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw n windows of at most `length` tokens, out of the texts in turn.
+
+    Returns ids (n, T), and which of them are to be learned, (n, T): all of a plain text, the
+    answers of instructions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def any_of(count: int) -> int:
+        return int(torch.randint(count, (1,), generator=generator))
+    first, rows = any_of(len(texts)), []
+    for turn in range(first, first + n):
+        text = texts[turn % len(texts)]
+        if isinstance(text, Tensor):
+            start = any_of(len(text) - length + 1)
+            rows.append((text[start:start + length], 0))
+        else:
+            rows.append(text[any_of(len(text))])
+    ids = torch.zeros(n, max(len(row) for row, _ in rows), dtype=torch.long)
+    learned = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (row, asked) in enumerate(rows):
+        ids[i, :len(row)], learned[i, asked:len(row)] = row, True
+    return ids, learned
+
+
+# ---- the state of a run, on disk
+
+def save_state(path: Path, run: dict, facts: dict, trained: Weights,
+               optimizer: torch.optim.Optimizer) -> None:
+    """Write all that a run needs to go on. The file appears complete, or the one before stays.
+
+    It holds the trained weights, AdamW's moments, and as its metadata what the run is (`run`) and
+    how far it is (`facts`).
+    """
+    tensors = {name: p.detach() for name, p in trained.items()}
+    for name, p in trained.items():
+        tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial, {"run": json.dumps(run), "facts": json.dumps(facts)})
+    os.replace(partial, path)
+
+
+def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.Optimizer) -> dict:
+    """Put weights and moments in place, and return the facts. ValueError if it is another run's."""
+    try:
+        with safe_open(path, "pt") as file:
+            written = json.loads(file.metadata()["run"])
+            differ = [name for name in run | written if run.get(name) != written.get(name)]
+            if differ:
+                raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the "
+                                 "same options, or delete it")
+            for name, p in trained.items():
+                p.data.copy_(file.get_tensor(name))
+                state = {key: file.get_tensor(f"{name}/{key}")
+                         for key in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {key: value if key == "step" else value.to(p.device)
+                                      for key, value in state.items()}
+            return json.loads(file.metadata()["facts"])
+    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to start anew") from None
+
+
+# ---- training
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of a step: a linear rise, then half a cosine down to a tenth."""
+    warmup = min(100, max(1, steps // 20))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    turn = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * turn)) / 2)
+
+
+def micro_batches(batch: tuple[Tensor, Tensor], device: str) -> Iterator[tuple]:
+    """Cut a batch (ids, learned), each (N, T), into parts of about BATCH_TOKENS tokens.
+
+    Yields ids and learned, on the device, and the part's share of all predictions.
+    """
+    ids, learned = batch
+    total = int(learned[:, 1:].sum())
+    for rows in batches(ids):
+        if count := int(learned[rows, 1:].sum()):
+            yield ids[rows].to(device), learned[rows].to(device), count / total
+
+
+@torch.no_grad()
+def held_out_loss(net: Transformer, batch: tuple[Tensor, Tensor], device: str) -> float:
+    """Return the mean loss of what is to be learned of held-out windows, a batch as from `draw`."""
+    return sum(share * float(lesson("labels", net, None, [], ids, learned))
+               for ids, learned, share in micro_batches(batch, device))
+
+
+def train(net: Transformer, teach: Callable, texts: list, held_out: tuple[Tensor, Tensor],
+          optimizer: torch.optim.Optimizer, facts: dict, save: Callable,
+          args: argparse.Namespace) -> None:
+    """Train from the step that `facts` names to the last, and keep the facts up to date.
+
+    teach(ids, learned, done) returns a loss. ValueError names the step whose loss is not finite.
+    """
+    seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
+    trained = optimizer.param_groups[0]["params"]
+    if not facts["held_out"]:
+        facts["held_out"].append([0, held_out_loss(net, held_out, args.device)])
+    begin, saved, loss = time.monotonic() - facts["seconds"], time.monotonic(), math.nan
+
+    def line() -> str:
+        return f"recover: loss {loss:.3f}, {facts['tokens'] / facts['seconds']:.0f} tokens/s, steps"
+    left = range(facts["steps"], args.steps)
+    for step in progress(left, line, len(left)):
+        optimizer.param_groups[0]["lr"] = rate(step, args.steps, args.rate)
+        batch, loss = draw(texts, args.batch, args.length, int(seeds[step])), 0.0
+        for ids, learned, share in micro_batches(batch, args.device):
+            part = share * teach(ids=ids, learned=learned, done=step / args.steps)
+            part.backward()
+            loss += float(part.detach())
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not math.isfinite(loss + float(norm)):
+            raise ValueError(f"the loss of step {step} is not finite; try a smaller --rate than "
+                             f"{args.rate:g}")
+        optimizer.step()
+        optimizer.zero_grad()
+        facts |= {"steps": step + 1, "tokens": facts["tokens"] + batch[0].numel(),
+                  "seconds": time.monotonic() - begin}
+        if (step + 1) * TIMES // args.steps > step * TIMES // args.steps:
+            facts["held_out"].append([facts["tokens"], held_out_loss(net, held_out, args.device)])
+        if time.monotonic() - saved > SAVE_EVERY:
+            save()
+            saved = time.monotonic()
+
+
+# ---- the command
+
+def parse_args() -> argparse.Namespace:
+    parser = console.parser("Train a compressed model with the dense model as its teacher.",
+                            __doc__)
+    parser.add_argument("--ckpt", required=True, help="the compressed model")
+    parser.add_argument("--teacher", required=True, help="the dense model that it was made of")
+    parser.add_argument("--data", nargs="+",
+                        help="texts as for flatten.py, or JSON files of instructions (objects with "
+                             "instruction, input, output), in equal shares; the last twentieth of "
+                             "each judges")
+    parser.add_argument("--loss", choices=LOSSES, default="hidden", help="default: %(default)s")
+    parser.add_argument("--last", type=int, default=0, metavar="N",
+                        help="train the last N blocks, the final norm and the head, without LoRA")
+    parser.add_argument("--full", action="store_true", help="train everything, without LoRA")
+    for name, value in {"steps": 500, "batch": 16, "length": 512, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    parser.add_argument("--rate", type=float, help="largest learning rate (default: " + ", ".join(
+        f"{name} {value:g}" for name, value in RATES.items()) + ")")
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="save memory: run each block twice")
+    parser.add_argument("--out", type=Path, help="result (default: out/NAME-recovered)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with a run that was killed, if there is one")
+    parser.add_argument("--no-eval", action="store_true",
+                        help="do not compare perplexity at the end")
+    add_device_options(parser)
+    args = parser.parse_args()
+    if args.full and args.last:
+        raise ValueError("--full trains everything and --last a part; give one of them")
+    mode = "full" if args.full else "last" if args.last else "lora"
+    args.rate = RATES[mode] if args.rate is None else args.rate
+    if min(args.steps, args.batch) < 1 or args.length < 2 or args.last < 0:
+        raise ValueError("--steps and --batch must be at least 1, --length at least 2, --last not "
+                         "negative")
+    if not 0 < args.rate < math.inf or not 0 <= args.seed < 2**31:
+        raise ValueError("--rate must be positive, and --seed between 0 and 2^31")
+    return args
+
+
+def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, tuple, dict]:
+    """Read all of --data. Returns the texts, a held-out batch, and what the run is."""
+    tokenizer, stop = load_tokenizer(source.path), stop_ids(source.path)
+    read = [read_lesson(path, tokenizer, stop, args.length) for path in args.data or [None]]
+    texts, held_out = zip(*(split(text) for text, _ in read), strict=True)
+    sha256 = hashlib.sha256()
+    for text in texts:
+        for ids in [text] if isinstance(text, Tensor) else [ids for ids, _ in text]:
+            check_ids(ids, source.config.vocab_size)
+            sha256.update(ids.numpy().tobytes())
+    chosen = {name: getattr(args, name) for name in OPTIONS}
+    line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
+                   **{name: value for name, value in chosen.items() if value or name == "seed"})
+    run = {**chosen, "text": " + ".join(name for _, name in read),
+           "sha256_of_ids": sha256.hexdigest(), "device": torch.device(args.device).type,
+           "command": line}
+    return texts, draw(held_out, JUDGED, args.length, seed=0), run
+
+
+def main() -> None:
+    args = parse_args()
+    source, dense = Checkpoint(args.ckpt), Checkpoint(args.teacher)
+    record, groups = correspondence(source, dense)
+    out = args.out or Path("out") / f"{source.name}-recovered"
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    if unfinished.exists() and not args.resume:
+        raise ValueError(f"{unfinished} is left of a run that did not end; --resume goes on with "
+                         "it, or delete it")
+    with Writer(out, source, args.overwrite) as writer:
+        texts, held_out, run = read_lessons(args, source)
+        dtype = compute_dtype(args.dtype, args.device, source.dtype)
+        student, teacher = (load(path, args.device, dtype) for path in (args.ckpt, args.teacher))
+        trained = parts_to_train(student, args)
+        optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+        facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "held_out": []}
+        if unfinished.exists():
+            facts = read_state(unfinished, run, trained, optimizer)
+        teach = partial(lesson, args.loss, student, teacher, groups,
+                        checkpointing=args.checkpointing)
+        save = partial(save_state, unfinished, run, facts, trained, optimizer)
+        with torch.autocast(run["device"], torch.bfloat16, enabled=dtype != torch.float32):
+            train(student, teach, texts, held_out, optimizer, facts, save, args)
+        merge_lora(student)
+        for block in student.model["layers"]:
+            writer.add(move(block.state_dict(), "cpu", source.dtype))
+        outer = {name: student.state_dict()[name] for name in source.outer()}
+        writer.finish([[k] for k in range(len(groups))], record | {
+                          "recovery": [*record.get("recovery", []), run | facts]},
+                      outer=move(outer, "cpu", source.dtype))
+    unfinished.unlink(missing_ok=True)
+    print(f"wrote {out}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
+          f"{facts['seconds']:.0f} s; held-out loss "
+          f"{facts['held_out'][0][1]:.4f} -> {facts['held_out'][-1][1]:.4f}")
+    first = (args.data or [None])[0]
+    if not args.no_eval and not str(first).endswith(".json"):
+        compare([args.teacher, args.ckpt, out], *held_out_text(args.data), window=args.length,
+                device=args.device, dtype=args.dtype, stream=True)
+
+
+if __name__ == "__main__":
+    console.run(main)

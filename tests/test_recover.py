@@ -1,0 +1,383 @@
+"""Recovery: its losses, LoRA, and runs that can be repeated, killed and resumed."""
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import beyond.recover
+import flatten
+from beyond.lessons import (
+    LOSSES,
+    PIECE,
+    balanced,
+    hidden_loss,
+    in_pieces,
+    label_loss,
+    lesson,
+    streams,
+    teacher_loss,
+)
+from beyond.lora import LoRA, add_lora, merge_lora
+from beyond.recover import draw, held_out_loss, rate, read_lesson, split
+from checkpoint.reader import Checkpoint
+from checkpoint.writer import Writer
+from compare.harness import groups_left
+from compare.network import Network
+from model import Block, Transformer, load
+from text import stdlib
+
+GROUPS = [[0], [1, 2], [3, 4]]
+
+
+def network(blocks: int, seed: int = 0, first: int = 0) -> Transformer:
+    """A float64 model whose block k has seed `first` + k."""
+    cfg = tiny.config(num_hidden_layers=blocks)
+    outer = tiny.random_tensors(cfg.outer_shapes(), 100 + seed)
+    made = [Block(tiny.block(cfg, first + k), cfg) for k in range(blocks)]
+    return Transformer(cfg, made, outer).requires_grad_(False)
+
+
+def some_ids(n: int = 3, length: int = 10) -> torch.Tensor:
+    return torch.randint(300, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def result_of(source: Path, out: Path, groups: list[list[int]]) -> Path:
+    """A checkpoint with the first block of each group: the source with blocks left out."""
+    teacher = Checkpoint(source)
+    with Writer(out, teacher) as writer:
+        for group in groups:
+            writer.add(teacher.block(group[0]))
+        writer.finish(groups, {"method": "dropped", "groups": [{"blocks": g} for g in groups]})
+    return out
+
+
+@pytest.fixture
+def small(ckpt, tmp_path, text_file, cli):
+    """Call recovery on a tiny result with its teacher; returns exit code, stdout, stderr."""
+    student = result_of(ckpt, tmp_path / "small", GROUPS)
+
+    def call(*options, out="recovered"):
+        return cli(beyond.recover.main, "--ckpt", student, "--teacher", ckpt, "--data", text_file,
+                   "--steps", 8, "--batch", 3, "--length", 16, "--out", tmp_path / out,
+                   "--device", "cpu", "--no-eval", *options)
+    return call
+
+
+# ---- losses
+
+def test_the_divergence_from_itself_is_zero_and_has_no_gradient():
+    z = numbers(7, 50).requires_grad_()
+    loss = teacher_loss(z, z.detach())
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-6 and z.grad.abs().max() < 1e-6
+
+
+def test_the_teachers_loss_is_cross_entropy_minus_the_teachers_entropy():
+    z, t = numbers(7, 50), numbers(7, 50, seed=1)
+    p = t.softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean()
+    assert torch.allclose(teacher_loss(z, t).double(), F.cross_entropy(z, p) - entropy, atol=1e-5)
+    assert torch.allclose(label_loss(z, torch.arange(7)).double(),
+                          -z.log_softmax(-1).diagonal().mean(), atol=1e-5)
+
+
+def test_the_hidden_loss_is_relative_to_each_teachers_size():
+    t = [numbers(6, 4), 1000 * numbers(6, 4, seed=1)]
+    assert hidden_loss(t, t) == 0
+    assert torch.allclose(hidden_loss([1.1 * t[0], 1.2 * t[1]], t),
+                          torch.tensor((0.01 + 0.04) / 2), atol=1e-5)
+
+
+def test_both_parts_of_a_balanced_loss_weigh_the_same():
+    a, b = torch.tensor(2.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    loss = balanced(a, b)
+    loss.backward()
+    assert float(loss.detach()) == 4 and float(a.grad) == 1 and abs(float(b.grad) - 0.4) < 1e-6
+
+
+def test_a_loss_in_pieces_is_the_loss_of_the_whole():
+    n = PIECE + 300
+    x, targets = numbers(n, 20).requires_grad_(), torch.arange(n) % 20
+    whole = label_loss(x, targets)
+    whole_gradient, = torch.autograd.grad(whole, x)
+    pieces = in_pieces(label_loss, x, targets)
+    gradient, = torch.autograd.grad(pieces, x)
+    assert torch.allclose(pieces, whole) and torch.allclose(gradient, whole_gradient)
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
+    net, ids = network(3), some_ids()
+    for loss in ("kl", "hidden", "come"):
+        student = network(3).requires_grad_(True)
+        value = lesson(loss, student, net, [[0], [1], [2]] if loss == "kl" else [[0, 0], [1, 1],
+                       [2, 2]], ids, torch.ones_like(ids, dtype=torch.bool), done=1.0)
+        value.backward()
+        largest = max(float(p.grad.abs().max()) for p in student.parameters())
+        assert abs(float(value.detach())) < 1e-6 and largest < 1e-5, loss
+
+
+def test_checkpointing_changes_no_loss_and_no_gradient():
+    teacher, ids = network(5), some_ids()
+    learned = torch.ones_like(ids, dtype=torch.bool)
+    found = []
+    for checkpointing in (False, True):
+        student = network(3).requires_grad_(True)
+        loss = lesson("hidden", student, teacher, GROUPS, ids, learned, 0.0, checkpointing)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in student.parameters()]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_streams_end_in_the_models_own_states():
+    net, ids = network(3), some_ids()
+    assert torch.equal(net.model["norm"](streams(net, ids)[-1]), net.hidden(ids))
+
+
+def test_labels_are_the_next_tokens_and_only_those_to_be_learned():
+    net, ids = network(2), some_ids()
+    learned = torch.zeros_like(ids, dtype=torch.bool)
+    learned[1, 4] = learned[2, 7] = True
+    logits = net(ids)
+    expected = F.cross_entropy(logits[[1, 2], [3, 6]], ids[[1, 2], [4, 7]])
+    assert torch.allclose(lesson("labels", net, None, [], ids, learned).double(), expected,
+                          atol=1e-5)
+
+
+def test_comes_first_stage_trains_joined_blocks_on_the_teachers_stream():
+    teacher, ids = network(5), some_ids()
+    student = network(3, first=7).requires_grad_(True)
+    learned = torch.ones_like(ids, dtype=torch.bool)
+    lesson("come", student, teacher, GROUPS, ids, learned, done=0.4).backward()
+    layers = student.model["layers"]
+    assert all(p.grad is None for p in layers[0].parameters())
+    assert all(p.grad is not None for k in (1, 2) for p in layers[k].parameters())
+    # the second block learns from the teacher's stream, so the first joined one does not matter
+    gradient = layers[2].mlp.down_proj.weight.grad.clone()
+    other = network(3, first=7).requires_grad_(True)
+    with torch.no_grad():
+        other.model["layers"][1].mlp.down_proj.weight.zero_()
+    lesson("come", other, teacher, GROUPS, ids, learned, done=0.4).backward()
+    assert torch.equal(other.model["layers"][2].mlp.down_proj.weight.grad, gradient)
+    second = lesson("come", student, teacher, GROUPS, ids, learned, done=0.5)
+    assert torch.equal(second, lesson("kl", student, teacher, GROUPS, ids, learned))
+
+
+# ---- LoRA
+
+def test_lora_changes_nothing_at_first_and_merging_changes_nothing_at_last():
+    net, ids = network(3), some_ids()
+    before = net(ids)
+    add_lora(net, seed=0)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert len(trained) == 3 * 7 * 2 and torch.equal(net(ids), before)
+    for k, p in enumerate(trained.values()):
+        p.data = numbers(*p.shape, seed=k) / 10
+    unmerged = net(ids)
+    shapes = {name: tensor.shape for name, tensor in network(3).state_dict().items()}
+    merge_lora(net)
+    assert {name: tensor.shape for name, tensor in net.state_dict().items()} == shapes
+    assert not torch.allclose(unmerged, before, atol=1e-3)
+    assert torch.allclose(net(ids), unmerged, atol=1e-10)
+
+
+def test_lora_adds_a_scaled_product():
+    layer = torch.nn.Linear(6, 4)
+    lora = LoRA(layer, torch.Generator().manual_seed(0), rank=2, alpha=6)
+    lora.B.data.normal_()
+    x = torch.randn(5, 6)
+    assert torch.allclose(lora(x), layer(x) + 3 * x @ lora.A.T @ lora.B.T, atol=1e-5)
+
+
+# ---- text
+
+def test_of_an_instruction_only_the_answer_is_learned(ckpt, tmp_path):
+    rows = [{"instruction": f"say {k}", "input": "abc" if k % 2 else "", "output": "gh"}
+            for k in range(40)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    tokenizer = beyond.recover.load_tokenizer(ckpt)
+    texts, name = read_lesson(path, tokenizer, (2,), 200)
+    assert name == "rows.json" and len(texts) == 40
+    learning, judging = split(texts)
+    assert len(learning) == 38 and len(judging) == 2
+    ids, learned = draw([learning], 5, 200, seed=0)
+    for row, marks in zip(ids, learned, strict=True):
+        answer = row[marks]
+        assert answer[-1] == 2 and tokenizer.decode(answer.tolist()).strip() == "gh"
+        question = tokenizer.decode(row[:int(marks.int().argmax())].tolist())
+        assert question.startswith("### Instruction: say ") and question.endswith("Response:")
+
+
+def test_texts_take_turns_and_a_seed_decides_all():
+    texts = [torch.zeros(50, dtype=torch.long), torch.ones(50, dtype=torch.long)]
+    ids, learned = draw(texts, 6, 8, seed=1)
+    assert ids[:, 0].sum() == 3 and ids.shape == (6, 8) and learned.all()
+    text = torch.arange(100)
+    assert torch.equal(draw([text], 4, 8, 5)[0], draw([text], 4, 8, 5)[0])
+    assert not torch.equal(draw([text], 4, 8, 5)[0], draw([text], 4, 8, 6)[0])
+    assert int(split(text)[0].max()) == 94
+
+
+@pytest.mark.parametrize("content, words", [
+    ("[]", "0 instructions"), ('{"a": 1}', "list of objects"), ("[1, 2]", "list of objects"),
+    ('[{"instruction": "a", "output": 3}]', "list of objects"), ("{", "list of objects"),
+    ('[{"output": "x"}]', "KeyError: 'instruction'"),
+    ('[{"instruction": "a", "output": "b"}]', "0 instructions whose questions are shorter")])
+def test_a_json_file_of_another_form_is_refused(content, words, small, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    code, _, err = small("--data", tmp_path / "x.json")
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+# ---- runs
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("part", [[], ["--full"], ["--last", "1"]], ids=["lora", "full", "last"])
+def test_every_loss_and_part_gives_an_ordinary_checkpoint(small, tmp_path, loss, part):
+    code, _, err = small("--loss", loss, *part)
+    assert code == 0, err
+    before, after = load_file(tmp_path / "small" / "model.safetensors"), load_file(
+        tmp_path / "recovered" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert all(before[name].shape == after[name].shape for name in before)
+    if not part:
+        assert changed and all("_proj.weight" in name for name in changed)
+    elif part == ["--last", "1"] and loss != "come":
+        assert changed and all(name.startswith(("model.layers.2.", "model.norm", "lm_head"))
+                               for name in changed)
+    record = json.loads((tmp_path / "recovered" / "flatten.json").read_text())
+    recovery, = record["recovery"]
+    assert recovery["tokens"] == 8 * 3 * 16 and recovery["loss"] == loss
+    assert record["groups"] == [{"blocks": group} for group in GROUPS]
+    assert record["parameters_before"] == Checkpoint(tmp_path / "tiny").size()[0]
+    assert not (tmp_path / "recovered.unfinished").exists()
+
+
+def test_a_run_lowers_the_held_out_loss_of_the_bundled_model(tmp_path, cli):
+    bundled = flatten.BUNDLED
+    groups = [[i] for i in range(6)] + [list(range(6, 18))] + [[i] for i in range(18, 24)]
+    student = result_of(bundled, tmp_path / "small", groups)
+    (tmp_path / "python.txt").write_text(stdlib.text(evaluation=False, characters=100_000))
+    code, _, err = cli(beyond.recover.main, "--ckpt", student, "--teacher", bundled, "--data",
+                       tmp_path / "python.txt", "--steps", 6, "--batch", 4, "--length", 64,
+                       "--rate", "3e-3", "--out", tmp_path / "new", "--no-eval")
+    assert code == 0, err
+    recovery = json.loads((tmp_path / "new" / "flatten.json").read_text())["recovery"][0]
+    first, last = recovery["held_out"][0], recovery["held_out"][-1]
+    assert first[0] == 0 and last[0] == 6 * 4 * 64 and last[1] < first[1] - 0.01
+
+
+def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp_path,
+                                                                        monkeypatch):
+    assert small(out="one")[0] == small(out="two")[0] == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    assert small("--seed", 1, out="other")[0] == 0
+    assert weights(tmp_path / "other") != weights(tmp_path / "one")
+    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", -1.0)
+    step, calls = torch.optim.AdamW.step, []
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", dying)
+        code, _, err = small(out="killed")
+    assert (code, err.strip()) == (2, "error: interrupted")
+    assert not (tmp_path / "killed").exists() and (tmp_path / "killed.unfinished").is_file()
+    code, _, err = small(out="killed")
+    assert code == 2 and "--resume" in err
+    code, _, err = small("--resume", "--rate", "0.1", out="killed")
+    assert code == 2 and "another rate" in err
+    assert small("--resume", out="killed")[0] == 0
+    assert weights(tmp_path / "killed") == weights(tmp_path / "one")
+    assert not (tmp_path / "killed.unfinished").exists()
+    recovery = json.loads((tmp_path / "killed" / "flatten.json").read_text())["recovery"][0]
+    assert recovery["steps"] == 8 and len(recovery["held_out"]) == 9
+
+
+def test_a_broken_state_is_one_line(small, tmp_path):
+    (tmp_path / "killed.unfinished").write_bytes(b"not safetensors")
+    code, _, err = small("--resume", out="killed")
+    assert code == 2 and "cannot be read" in err and err.count("\n") == 1
+
+
+def test_a_result_can_be_recovered_again(small, tmp_path, ckpt, text_file, cli):
+    assert small()[0] == 0
+    code, _, err = cli(beyond.recover.main, "--ckpt", tmp_path / "recovered", "--teacher", ckpt,
+                       "--data", text_file, "--steps", 1, "--length", 16, "--out",
+                       tmp_path / "again", "--no-eval")
+    assert code == 0, err
+    assert len(json.loads((tmp_path / "again" / "flatten.json").read_text())["recovery"]) == 2
+
+
+def test_what_does_not_belong_together_is_refused(ckpt, tmp_path, cli, small, text_file):
+    other = tiny.checkpoint(tmp_path / "other", seed=5)
+    for student, teacher, words in ((tmp_path / "small", other, "was not made of"),
+                                    (ckpt, ckpt, "has no flatten.json")):
+        code, _, err = cli(beyond.recover.main, "--ckpt", student, "--teacher", teacher,
+                           "--data", text_file, "--out", tmp_path / "new")
+        assert code == 2 and words in err and err.count("\n") == 1
+    path = tmp_path / "small" / "flatten.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": []}))
+    code, _, err = small()
+    assert code == 2 and "does not say" in err
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--full", "--last", "2"], "give one of them"),
+    (["--steps", "0"], "must be at least 1"),
+    (["--last", "9"], "has 3 blocks"),
+    (["--rate", "nan"], "--rate must be positive"),
+    (["--length", "100000"], "fewer than twenty windows"),
+    (["--rate", "1e30", "--full"], "is not finite"),
+], ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_mistakes_are_one_line_and_leave_nothing(small, tmp_path, options, words):
+    code, _, err = small(*options)
+    assert code == 2 and words in err and err.count("\n") == 1, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "text.txt", "tiny"]
+
+
+def test_an_existing_output_stays(small, tmp_path):
+    (tmp_path / "recovered").mkdir()
+    (tmp_path / "recovered" / "mine").write_text("")
+    code, _, err = small("--overwrite")
+    assert code == 2 and "not a result" in err and (tmp_path / "recovered" / "mine").exists()
+
+
+def test_the_rate_rises_and_falls_to_a_tenth():
+    rates = [rate(step, 400, 2.0) for step in range(400)]
+    assert rates[0] == 0.1 and max(rates) == rates[20] == 2.0
+    assert rates[20:] == sorted(rates[20:], reverse=True) and abs(rates[-1] - 0.2) < 1e-3
+
+
+def test_the_held_out_loss_counts_every_token_once(ckpt):
+    net = load(ckpt)
+    ids, learned = draw([torch.randint(300, (5000,))], 300, 16, seed=0)
+    learned[:7, :9] = False
+    logits = net(ids)[:, :-1][learned[:, 1:]]
+    expected = F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]])
+    assert abs(held_out_loss(net, (ids, learned), "cpu") - float(expected)) < 1e-5
+
+
+def test_blocks_left_out_belong_to_the_block_before(ckpt):
+    dense = Network.of(Checkpoint(ckpt))
+    short = dense.with_blocks([dense.blocks[1], dense.blocks[4]])
+    assert groups_left(short, dense) == [{"blocks": [0, 1, 2, 3]}, {"blocks": [4]}]
+    assert groups_left(dense.with_blocks([dict(dense.blocks[0])]), dense) is None
