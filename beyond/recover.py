@@ -224,17 +224,18 @@ def held_out_loss(net: Transformer, batch: tuple[Tensor, Tensor], device: str) -
                for ids, learned, share in micro_batches(batch, device))
 
 
-def train(net: Transformer, teach: Callable, texts: list, held_out: tuple[Tensor, Tensor],
-          optimizer: torch.optim.Optimizer, facts: dict, save: Callable,
+def train(teach: Callable, judge: Callable[[], float], texts: list,
+          optimizer: torch.optim.Optimizer, facts: dict, save: Callable[[], None],
           args: argparse.Namespace) -> None:
     """Train from the step that `facts` names to the last, and keep the facts up to date.
 
-    teach(ids, learned, done) returns a loss. ValueError names the step whose loss is not finite.
+    teach(ids, learned, done) returns a loss, judge() the held-out loss, and save() keeps the state.
+    ValueError names the step whose loss is not finite.
     """
     seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
     trained = optimizer.param_groups[0]["params"]
     if not facts["held_out"]:
-        facts["held_out"].append([0, held_out_loss(net, held_out, args.device)])
+        facts["held_out"].append([0, judge()])
     begin, saved, loss = time.monotonic() - facts["seconds"], time.monotonic(), math.nan
 
     def line() -> str:
@@ -256,7 +257,7 @@ def train(net: Transformer, teach: Callable, texts: list, held_out: tuple[Tensor
         facts |= {"steps": step + 1, "tokens": facts["tokens"] + batch[0].numel(),
                   "seconds": time.monotonic() - begin}
         if (step + 1) * TIMES // args.steps > step * TIMES // args.steps:
-            facts["held_out"].append([facts["tokens"], held_out_loss(net, held_out, args.device)])
+            facts["held_out"].append([facts["tokens"], judge()])
         if time.monotonic() - saved > SAVE_EVERY:
             save()
             saved = time.monotonic()
@@ -337,14 +338,16 @@ def main() -> None:
         student, teacher = (load(path, args.device, dtype) for path in (args.ckpt, args.teacher))
         trained = parts_to_train(student, args)
         optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
-        facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "held_out": []}
+        facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "held_out": [],
+                 "dense": held_out_loss(teacher, held_out, args.device)}
         if unfinished.exists():
             facts = read_state(unfinished, run, trained, optimizer)
         teach = partial(lesson, args.loss, student, teacher, groups,
                         checkpointing=args.checkpointing)
+        judge = partial(held_out_loss, student, held_out, args.device)
         save = partial(save_state, unfinished, run, facts, trained, optimizer)
         with torch.autocast(run["device"], torch.bfloat16, enabled=dtype != torch.float32):
-            train(student, teach, texts, held_out, optimizer, facts, save, args)
+            train(teach, judge, texts, optimizer, facts, save, args)
         merge_lora(student)
         for block in student.model["layers"]:
             writer.add(move(block.state_dict(), "cpu", source.dtype))
@@ -355,7 +358,8 @@ def main() -> None:
     unfinished.unlink(missing_ok=True)
     print(f"wrote {out}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
           f"{facts['seconds']:.0f} s; held-out loss "
-          f"{facts['held_out'][0][1]:.4f} -> {facts['held_out'][-1][1]:.4f}")
+          f"{facts['held_out'][0][1]:.4f} -> {facts['held_out'][-1][1]:.4f}, of the dense model "
+          f"{facts['dense']:.4f}")
     first = (args.data or [None])[0]
     if not args.no_eval and not str(first).endswith(".json"):
         compare([args.teacher, args.ckpt, out], *held_out_text(args.data), window=args.length,

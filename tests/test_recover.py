@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import beyond.recover
+import compare.recovery
 import flatten
 from beyond.lessons import (
     LOSSES,
@@ -27,6 +28,8 @@ from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer
 from compare.harness import groups_left
 from compare.network import Network
+from compare.recovery import table as recovery_table
+from compare.recovery import tokens_to
 from model import Block, Transformer, load
 from text import stdlib
 
@@ -381,3 +384,40 @@ def test_blocks_left_out_belong_to_the_block_before(ckpt):
     short = dense.with_blocks([dense.blocks[1], dense.blocks[4]])
     assert groups_left(short, dense) == [{"blocks": [0, 1, 2, 3]}, {"blocks": [4]}]
     assert groups_left(dense.with_blocks([dict(dense.blocks[0])]), dense) is None
+
+
+# ---- the comparison
+
+def test_tokens_to_a_loss_lie_on_a_straight_line_between_two_points():
+    curve = [[0, 3.0], [100, 2.0], [200, 1.5]]
+    assert tokens_to(curve, 3.5) == 0 and tokens_to(curve, 2.5) == 50
+    assert tokens_to(curve, 1.75) == 150 and tokens_to(curve, 1.4) is None
+
+
+def test_the_table_says_who_reaches_the_fit_and_when():
+    def row(base, recipe, loss, curve=None):
+        trained = {"held_out": curve, "tokens": 200} if curve else {"tokens": 0}
+        return {"base": base, "recipe": recipe, "seed": 0, "seconds": 1.0, "loss": {"text": loss},
+                **trained}
+    rows = [row("fit", "none", 1.5), row("fit", "KL, LoRA", 1.2, [[0, 1.5], [200, 1.2]]),
+            row("dropped", "KL, LoRA", 1.4, [[0, 2.0], [200, 1.0]]),
+            row("paper", "KL, LoRA", 1.9, [[0, 2.0], [200, 1.9]])]
+    lines = recovery_table(rows, {"text": 1.0}).splitlines()
+    assert lines[3] == "| dropped | KL, LoRA | 200 | 1 | 4.06 | 0.4000 | 100 |"
+    assert lines[4] == "| paper | KL, LoRA | 200 | 1 | 6.69 | 0.9000 | not reached |"
+    assert lines[5:] == ["| fit | none | 0 | 1 | 4.48 | 0.5000 |  |",
+                         "| fit | KL, LoRA | 200 | 1 | 3.32 | 0.2000 |  |"]
+
+
+def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_path, text_file, cli):
+    options = ["--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length", 16, "--steps", 2,
+               "--batch", 2, "--windows", 2, "--bases", "paper", "--models", tmp_path / "models",
+               "--out", tmp_path / "out", "--recipes", "none"]
+    code, out, err = cli(compare.recovery.main, *options)
+    assert code == 0 and "| paper | none | 0 |" in out, err
+    code, out, err = cli(compare.recovery.main, *options, "labels, LoRA")
+    assert code == 0 and "| paper | labels, LoRA | 64 |" in out, err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
+    assert [row["recipe"] for row in rows] == ["none", "labels, LoRA"]
+    assert rows[1]["command"].startswith("python -m beyond.recover --ckpt ")
+    assert rows[1]["held_out"][-1][0] == 64 and (tmp_path / "out" / "table.md").is_file()
