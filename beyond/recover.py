@@ -111,9 +111,7 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
                              f"--length {length}, of which one judges; give a longer text")
         return ids, name
     try:
-        rows = [(f"### Instruction:\n{row['instruction']}\n\n"
-                 + (f"### Input:\n{row['input']}\n\n" if row.get("input") else "")
-                 + "### Response:\n", row["output"] + "") for row in json.loads(read(Path(path)))]
+        rows = [(question_of(row), row["output"] + "") for row in json.loads(read(Path(path)))]
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a list of objects with the texts instruction, input "
                          f"and output ({type(error).__name__}: {error})") from None
@@ -124,6 +122,12 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
         raise ValueError(f"{path} has {len(texts)} instructions whose questions are shorter than "
                          f"--length {length}, and at least 20 are needed, of which one judges")
     return texts, Path(path).name
+
+
+def question_of(row: dict[str, str]) -> str:
+    """Word an instruction, and its input if there is one, as the question that it is."""
+    about = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
+    return f"### Instruction:\n{row['instruction']}\n\n{about}### Response:\n"
 
 
 def split(text: list | Tensor) -> tuple[list | Tensor, list | Tensor]:
@@ -185,10 +189,11 @@ def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.O
                                  "same options, or delete it")
             for name, p in trained.items():
                 p.data.copy_(file.get_tensor(name))
-                state = {key: file.get_tensor(f"{name}/{key}")
-                         for key in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {key: value if key == "step" else value.to(p.device)
-                                      for key, value in state.items()}
+            for entry in (key for key in file.keys() if "/" in key):  # noqa: SIM118
+                name, key = entry.split("/")
+                value = file.get_tensor(entry)
+                optimizer.state[trained[name]][key] = value if key == "step" else value.to(
+                    trained[name].device)
             return json.loads(file.metadata()["facts"])
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to start anew") from None
@@ -318,8 +323,8 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, tu
     line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
                    **{name: value for name, value in chosen.items() if value or name == "seed"})
     run = {**chosen, "text": " + ".join(name for _, name in read),
-           "sha256_of_ids": sha256.hexdigest(), "device": torch.device(args.device).type,
-           "command": line}
+           "student_sha256": source.digest(), "sha256_of_ids": sha256.hexdigest(),
+           "device": torch.device(args.device).type, "command": line}
     return texts, draw(held_out, JUDGED, args.length, seed=0), run
 
 
