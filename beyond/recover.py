@@ -40,7 +40,7 @@ from text import stdlib
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import PYTHON, calibration_text, held_out_text, read
 
-RATES = {"lora": 1e-3, "last": 1e-4, "full": 3e-4}  # the largest learning rates
+RATES = {"lora": 1e-3, "last": 1e-4, "full": 1e-4}  # the largest learning rates
 MOST_PYTHON = 10_000_000  # characters of Python's library
 JUDGED = 16         # held-out windows whose loss is measured
 TIMES = 8           # how often in a run

@@ -38,7 +38,6 @@ RECIPES = {  # options of beyond.recover
     "KL, LoRA": {"loss": "kl"},
     "KL + hidden, LoRA": {"loss": "hidden"},
     "CoMe's two stages, LoRA": {"loss": "come"},
-    "KL, all weights": {"loss": "kl", "full": True},
     "KL + hidden, all weights": {"loss": "hidden", "full": True},
 }
 Key = tuple[str, str, int]  # base, recipe, seed
@@ -81,7 +80,8 @@ def cell(key: Key, args: argparse.Namespace, judged: dict[str, torch.Tensor]) ->
     if RECIPES[recipe]:
         out = args.models / "recovered"
         line = run("-m beyond.recover", ckpt=path, teacher=args.ckpt, data=args.data,
-                   **RECIPES[recipe], steps=args.steps, batch=args.batch, length=args.length,
+                   **RECIPES[recipe], rate=args.rates["LoRA" in recipe], steps=args.steps,
+                   batch=args.batch, length=args.length,
                    seed=seed, out=out, overwrite=True, no_eval=True)
         record = json.loads((out / "flatten.json").read_text())["recovery"][-1]
         row = {name: record[name] for name in ("tokens", "seconds", "held_out", "dense")}
@@ -181,11 +181,15 @@ def parse_args() -> argparse.Namespace:
     for name, value in {"seeds": 1, "samples": 64, "length": 256, "steps": 500, "batch": 16,
                         "windows": 128}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    parser.add_argument("--lora-rate", type=float, help="learning rate of LoRA")
+    parser.add_argument("--rate", type=float, help="learning rate of everything else "
+                                                   "(defaults: those of beyond.recover)")
     parser.add_argument("--models", type=Path, default=Path("out/recovery"),
                         help="where compressed models go (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="where results go, or already are")
     args = parser.parse_args()
     args.models, args.out = args.models.absolute(), args.out.absolute()
+    args.rates = args.rate, args.lora_rate
     return args
 
 
