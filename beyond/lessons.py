@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from evaluate import kullback_leibler
-from model import Transformer, rope_table
+from model import Block, Transformer, rope_table
 
 LOSSES = ("labels", "kl", "hidden", "come")
 PIECE = 1024  # tokens whose logits exist at a time
@@ -57,10 +57,13 @@ def streams(net: Transformer, ids: Tensor, checkpointing: bool = False) -> list[
     xs = [net.model["embed_tokens"](ids)]
     rope = rope_table(net.config, 0, ids.shape[1], xs[0])
     for block in net.model["layers"]:
-        keep = not checkpointing
-        xs.append(block(xs[-1], rope) if keep else
-                  checkpoint(block, xs[-1], rope, use_reentrant=False))
+        xs.append(run(block, xs[-1], rope, checkpointing))
     return xs
+
+
+def run(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], checkpointing: bool) -> Tensor:
+    """Run a block, with checkpointing if wanted."""
+    return checkpoint(block, x, rope, use_reentrant=False) if checkpointing else block(x, rope)
 
 
 def in_pieces(loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, others: Tensor) -> Tensor:
@@ -96,7 +99,8 @@ def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups:
         targets = [pick(ts[stop]) for _, _, stop in joined]
     if loss == "come" and done < 0.5:
         blocks, rope = student.model["layers"], rope_table(student.config, 0, ids.shape[1], ts[0])
-        return hidden_loss([pick(blocks[k](ts[start], rope)) for k, start, _ in joined], targets)
+        ys = [run(blocks[k], ts[start], rope, checkpointing) for k, start, _ in joined]
+        return hidden_loss([pick(y) for y in ys], targets)
     xs = streams(student, ids, checkpointing)
     if loss == "labels":
         return in_pieces(lambda x, y: label_loss(logits(student, x), y),

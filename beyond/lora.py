@@ -56,7 +56,7 @@ def add_lora(net: Transformer, seed: int) -> None:
 
 
 def merge_lora(net: Transformer) -> None:
-    """Turn every LoRA into an ordinary layer that computes the same."""
+    """Turn every LoRA into an ordinary layer that computes the same, up to its dtype's rounding."""
     for part, name in projections(net):
         if isinstance(layer := getattr(part, name), LoRA):
             setattr(part, name, layer.merged())

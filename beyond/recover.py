@@ -31,11 +31,11 @@ from beyond.lessons import LOSSES, lesson
 from beyond.lora import add_lora, merge_lora
 from checkpoint.config import read_json
 from checkpoint.reader import Checkpoint, Weights
-from checkpoint.writer import Writer
+from checkpoint.writer import Writer, check_output
 from console import command, progress
 from console.options import add_device_options, compute_dtype
 from evaluate import compare, stop_ids
-from model import Transformer, batches, check_ids, load, move
+from model import Transformer, batches, check_ids, load
 from text import stdlib
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import PYTHON, calibration_text, held_out_text, read
@@ -45,7 +45,8 @@ MOST_PYTHON = 10_000_000  # characters of Python's library
 JUDGED = 16         # held-out windows whose loss is measured
 TIMES = 8           # how often in a run
 SAVE_EVERY = 300.0  # seconds
-OPTIONS = ("loss", "last", "full", "steps", "batch", "length", "rate", "seed", "checkpointing")
+OPTIONS = ("loss", "last", "full", "steps", "batch", "length", "rate", "seed", "checkpointing",
+           "dtype", "device")
 
 
 # ---- what belongs together
@@ -55,18 +56,28 @@ def correspondence(student: Checkpoint, teacher: Checkpoint) -> tuple[dict, list
 
     ValueError if the result was not made of this teacher.
     """
+    for source in (student, teacher):
+        if source.is_wide:
+            raise ValueError(f"{source.path} has wide blocks; python flatten.py --ckpt "
+                             f"{source.path} makes them ordinary first")
     path = student.path / "flatten.json"
     if not path.is_file():
         raise ValueError(f"{student.path} has no flatten.json: --ckpt must be a result of "
                          "flatten.py, beyond.refit or compare --save")
     record = read_json(path)
-    if record.get("source_sha256") != teacher.digest():
+    if "source_sha256" not in record:
+        raise ValueError(f"{path} has no source_sha256: it is of an earlier version; compress "
+                         "again")
+    if record["source_sha256"] != teacher.digest():
         raise ValueError(f"{student.path} was not made of {teacher.path}: its flatten.json names "
                          "another source_sha256; give the dense model that was compressed")
-    groups = [group["blocks"] for group in record.get("groups", [])]
+    try:
+        groups = [list(group["blocks"]) for group in record["groups"]]
+    except (KeyError, TypeError):
+        groups = []
     blocks = [i for group in groups for i in group]
     if (blocks != list(range(teacher.config.num_hidden_layers))
-            or len(groups) != student.config.num_hidden_layers):
+            or len(groups) != student.config.num_hidden_layers or len(groups) == len(blocks)):
         raise ValueError(f"{path} does not say which of the teacher's blocks each block stands "
                          "for; recovery is for models made by joining neighbours or leaving "
                          "blocks out")
@@ -92,7 +103,25 @@ def parts_to_train(net: Transformer, args: argparse.Namespace) -> Weights:
     return trained
 
 
+def trained_or_stored(now: Weights, stored: Weights) -> Weights:
+    """Return the tensors that have changed, in the dtype of the stored ones, and else the stored.
+
+    So what was not trained stays as it is, whatever dtype it was computed in.
+    """
+    result = {}
+    for name, tensor in stored.items():
+        new = now[name].cpu()
+        same = torch.equal(new, tensor.to(new.dtype))
+        result[name] = tensor if same else new.to(tensor.dtype)
+    return result
+
+
 # ---- text to learn from
+
+def is_json(data: list[str] | None) -> bool:
+    """Tell whether the first of --data is a file of instructions, so no text to judge by."""
+    return bool(data) and data[0].endswith(".json")
+
 
 def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
                 length: int) -> tuple[list | Tensor, str]:
@@ -102,17 +131,17 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
     ids, and the number of those that belong to the question. ValueError for anything else.
     """
     if not str(path).endswith(".json"):
-        text, name = calibration_text(path)
-        if path == PYTHON:
-            text = stdlib.text(evaluation=False, characters=MOST_PYTHON)
+        text, name = ((stdlib.text(evaluation=False, characters=MOST_PYTHON), "Python's library")
+                      if path == PYTHON else calibration_text(path))
         ids = torch.tensor(tokenizer.encode(text))
         if len(ids) < 20 * length:
             raise ValueError(f"{name} has {len(ids)} tokens, fewer than twenty windows of "
                              f"--length {length}, of which one judges; give a longer text")
         return ids, name
     try:
-        rows = [(question_of(row), row["output"] + "") for row in json.loads(read(Path(path)))]
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        rows = [(question_of(row), str.strip(row["output"]))
+                for row in json.loads(read(Path(path)))]
+    except (TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a list of objects with the texts instruction, input "
                          f"and output ({type(error).__name__}: {error})") from None
     texts = [(torch.tensor([*tokenizer.encode(question + answer), *stop[:1]][:length]),
@@ -125,9 +154,10 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
 
 
 def question_of(row: dict[str, str]) -> str:
-    """Word an instruction, and its input if there is one, as the question that it is."""
-    about = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
-    return f"### Instruction:\n{row['instruction']}\n\n{about}### Response:\n"
+    """Word an instruction, and its input if there is one, as a question. TypeError if no text."""
+    asked, about = str.strip(row["instruction"]), str.strip(row.get("input", ""))
+    middle = f"### Input:\n{about}\n\n" if about else ""
+    return f"### Instruction:\n{asked}\n\n{middle}### Response:\n"
 
 
 def split(text: list | Tensor) -> tuple[list | Tensor, list | Tensor]:
@@ -173,9 +203,13 @@ def save_state(path: Path, run: dict, facts: dict, trained: Weights,
     tensors = {name: p.detach() for name, p in trained.items()}
     for name, p in trained.items():
         tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, {"run": json.dumps(run), "facts": json.dumps(facts)})
-    os.replace(partial, path)
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(tensors, unfinished, {"run": json.dumps(run), "facts": json.dumps(facts)})
+    except SafetensorError as error:  # a full disk, most likely
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from None
+    os.replace(unfinished, path)
 
 
 def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.Optimizer) -> dict:
@@ -239,8 +273,6 @@ def train(teach: Callable, judge: Callable[[], float], texts: list,
     """
     seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
     trained = optimizer.param_groups[0]["params"]
-    if not facts["held_out"]:
-        facts["held_out"].append([0, judge()])
     begin, saved, loss = time.monotonic() - facts["seconds"], time.monotonic(), math.nan
 
     def line() -> str:
@@ -259,10 +291,13 @@ def train(teach: Callable, judge: Callable[[], float], texts: list,
                              f"{args.rate:g}")
         optimizer.step()
         optimizer.zero_grad()
-        facts |= {"steps": step + 1, "tokens": facts["tokens"] + batch[0].numel(),
+        facts |= {"steps": step + 1, "tokens": facts["tokens"] + int(batch[1].sum()),
                   "seconds": time.monotonic() - begin}
         if (step + 1) * TIMES // args.steps > step * TIMES // args.steps:
             facts["held_out"].append([facts["tokens"], judge()])
+            if not math.isfinite(facts["held_out"][-1][1]):
+                raise ValueError(f"after step {step} the held-out loss is not finite; try a "
+                                 f"smaller --rate than {args.rate:g}")
         if time.monotonic() - saved > SAVE_EVERY:
             save()
             saved = time.monotonic()
@@ -313,18 +348,18 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, tu
     """Read all of --data. Returns the texts, a held-out batch, and what the run is."""
     tokenizer, stop = load_tokenizer(source.path), stop_ids(source.path)
     read = [read_lesson(path, tokenizer, stop, args.length) for path in args.data or [None]]
-    texts, held_out = zip(*(split(text) for text, _ in read), strict=True)
     sha256 = hashlib.sha256()
-    for text in texts:
+    for text, _ in read:
         for ids in [text] if isinstance(text, Tensor) else [ids for ids, _ in text]:
             check_ids(ids, source.config.vocab_size)
             sha256.update(ids.numpy().tobytes())
+    texts, held_out = zip(*(split(text) for text, _ in read), strict=True)
     chosen = {name: getattr(args, name) for name in OPTIONS}
     line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
                    **{name: value for name, value in chosen.items() if value or name == "seed"})
     run = {**chosen, "text": " + ".join(name for _, name in read),
            "student_sha256": source.digest(), "sha256_of_ids": sha256.hexdigest(),
-           "device": torch.device(args.device).type, "command": line}
+           "command": line}
     return texts, draw(held_out, JUDGED, args.length, seed=0), run
 
 
@@ -332,7 +367,12 @@ def main() -> None:
     args = parse_args()
     source, dense = Checkpoint(args.ckpt), Checkpoint(args.teacher)
     record, groups = correspondence(source, dense)
+    if args.loss == "come" and args.last and all(len(g) == 1 for g in groups[-args.last:]):
+        raise ValueError(f"--loss come trains joined blocks, and none of the last {args.last} is "
+                         "one; leave out --last")
     out = args.out or Path("out") / f"{source.name}-recovered"
+    check_output(out, dense.path, args.overwrite)
+    judged = None if args.no_eval or is_json(args.data) else held_out_text(args.data)
     unfinished = out.with_name(f"{out.name}.unfinished")
     if unfinished.exists() and not args.resume:
         raise ValueError(f"{unfinished} is left of a run that did not end; --resume goes on with "
@@ -343,31 +383,32 @@ def main() -> None:
         student, teacher = (load(path, args.device, dtype) for path in (args.ckpt, args.teacher))
         trained = parts_to_train(student, args)
         optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
-        facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "held_out": [],
-                 "dense": held_out_loss(teacher, held_out, args.device)}
-        if unfinished.exists():
-            facts = read_state(unfinished, run, trained, optimizer)
         teach = partial(lesson, args.loss, student, teacher, groups,
                         checkpointing=args.checkpointing)
-        judge = partial(held_out_loss, student, held_out, args.device)
-        save = partial(save_state, unfinished, run, facts, trained, optimizer)
-        with torch.autocast(run["device"], torch.bfloat16, enabled=dtype != torch.float32):
-            train(teach, judge, texts, optimizer, facts, save, args)
+        judge = partial(held_out_loss, batch=held_out, device=args.device)
+        # no cache: it would keep the first bfloat16 copy of weights that change
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16,
+                            enabled=dtype != torch.float32, cache_enabled=False):
+            if unfinished.exists():
+                facts = read_state(unfinished, run, trained, optimizer)
+            else:
+                facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "dense": judge(teacher),
+                         "held_out": [[0, judge(student)]]}
+            save = partial(save_state, unfinished, run, facts, trained, optimizer)
+            train(teach, partial(judge, student), texts, optimizer, facts, save, args)
         merge_lora(student)
-        for block in student.model["layers"]:
-            writer.add(move(block.state_dict(), "cpu", source.dtype))
-        outer = {name: student.state_dict()[name] for name in source.outer()}
-        writer.finish([[k] for k in range(len(groups))], record | {
-                          "recovery": [*record.get("recovery", []), run | facts]},
-                      outer=move(outer, "cpu", source.dtype))
+        for k, block in enumerate(student.model["layers"]):
+            writer.add(trained_or_stored(block.state_dict(), source.block(k)))
+        record["recovery"] = [*record.get("recovery", []), run | facts]
+        writer.finish([[k] for k in range(len(groups))], record,
+                      outer=trained_or_stored(student.state_dict(), source.outer()))
     unfinished.unlink(missing_ok=True)
     print(f"wrote {out}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
           f"{facts['seconds']:.0f} s; held-out loss "
           f"{facts['held_out'][0][1]:.4f} -> {facts['held_out'][-1][1]:.4f}, of the dense model "
           f"{facts['dense']:.4f}")
-    first = (args.data or [None])[0]
-    if not args.no_eval and not str(first).endswith(".json"):
-        compare([args.teacher, args.ckpt, out], *held_out_text(args.data), window=args.length,
+    if judged:
+        compare([args.teacher, args.ckpt, out], *judged, window=args.length,
                 device=args.device, dtype=args.dtype, stream=True)
 
 

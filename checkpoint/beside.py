@@ -94,6 +94,8 @@ def model_card(name: str, config: dict, record: dict) -> str:
     facts = {"method": record.get("method"), "parameters": f"{before:,} before, {after:,} after",
              "ratio": f"{record['ratio_reached']:.4f} of all parameters removed{asked}",
              "one block in place of": ", ".join(joined),
+             "then trained": ", then ".join(f"on {run['tokens']:,} tokens of {run['text']}"
+                                            for run in record.get("recovery", [])),
              "command": f"`{record['command']}`" if "command" in record else None}
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in about.items() if value)
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value)

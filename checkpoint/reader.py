@@ -89,12 +89,13 @@ class Checkpoint:
             total_bytes += n * STORED[tensor.get_dtype()].itemsize
         return parameters, total_bytes
 
-    def digest(self) -> str:
-        """Return SHA-256 of the first and the last block's bytes, which tells checkpoints apart."""
+    def digest(self, blocks: list[int] | None = None) -> str:
+        """Return SHA-256, in hex, of the bytes of all tensors, or of these blocks' only."""
         sha256 = hashlib.sha256()
-        for i in (0, self.config.num_hidden_layers - 1):
-            for tensor in self.block(i).values():
-                sha256.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        parts = range(self.config.num_hidden_layers) if blocks is None else blocks
+        for weights in [*([self.outer()] if blocks is None else []), *map(self.block, parts)]:
+            for tensor in weights.values():
+                sha256.update(tensor.contiguous().view(torch.uint8).numpy())
         return sha256.hexdigest()
 
     def _slice(self, name: str):

@@ -67,14 +67,14 @@ class Writer:
         config = new_config(self.source, groups, wide) | (changes or {})
         write_json(self.folder / "config.json", config)
         copy_beside(self.source.path, self.folder)
-        dense = {"source_sha256": self.source.digest(), "parameters_before": self.source.size()[0]}
-        record = dense | record
+        record = {"source": self.source.name, "source_sha256": self.source.digest(),
+                  "parameters_before": self.source.size()[0]} | record
         before, after = record["parameters_before"], Checkpoint(self.folder).size()[0]
         record |= {"parameters_after": after, "ratio_reached": round(1 - after / before, 6)}
         if self.source.hub_id:
             record["base_model"] = self.source.hub_id
         write_json(self.folder / "flatten.json", record)
-        card = model_card(self.source.name, config, record)
+        card = model_card(record["source"], config, record)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         mode = (self.folder / "config.json").stat().st_mode & 0o666
         for path in [self.folder, *self.folder.rglob("*")]:

@@ -13,7 +13,8 @@ INTERRUPTED = "interrupted"
 NO_MEMORY = r"out of memory|can't allocate|(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED"
 LESS = {"--samples": "fewer --samples", "--length": "a smaller --length",
         "--window": "a smaller --window", "--stream": "--stream",
-        "--max-group": "--max-group 2"}  # options that save memory
+        "--max-group": "--max-group 2",  # options that save memory
+        "--checkpointing": "--checkpointing"}
 running = None  # the parser of the command that runs, which knows its options
 
 

@@ -234,6 +234,8 @@ def test_texts_take_turns_and_a_seed_decides_all():
 @pytest.mark.parametrize("content, words", [
     ("[]", "0 instructions"), ('{"a": 1}', "list of objects"), ("[1, 2]", "list of objects"),
     ('[{"instruction": "a", "output": 3}]', "list of objects"), ("{", "list of objects"),
+    ('[{"instruction": 3, "output": "a"}]', "list of objects"), ("[" * 9999, "list of objects"),
+    ('[{"instruction": "a", "input": null, "output": "b"}]', "list of objects"),
     ('[{"output": "x"}]', "KeyError: 'instruction'"),
     ('[{"instruction": "a", "output": "b"}]', "0 instructions whose questions are shorter")])
 def test_a_json_file_of_another_form_is_refused(content, words, small, tmp_path):
@@ -309,13 +311,43 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.unfinished").is_file()
     code, _, err = small(out="killed")
     assert code == 2 and "--resume" in err
-    code, _, err = small("--resume", "--rate", "0.1", out="killed")
-    assert code == 2 and "another rate" in err
+    for option, value in (("rate", "0.1"), ("dtype", "bfloat16"), ("steps", "9")):
+        code, _, err = small("--resume", f"--{option}", value, out="killed")
+        assert code == 2 and f"another {option}" in err
     assert small("--resume", out="killed")[0] == 0
     assert weights(tmp_path / "killed") == weights(tmp_path / "one")
     assert not (tmp_path / "killed.unfinished").exists()
     recovery = json.loads((tmp_path / "killed" / "flatten.json").read_text())["recovery"][0]
     assert recovery["steps"] == 8 and len(recovery["held_out"]) == 9
+
+
+def test_bfloat16_learns_and_leaves_alone_what_it_does_not_train(small, tmp_path):
+    code, _, err = small("--dtype", "bfloat16", "--last", 1, "--rate", "1e-2")
+    assert code == 0, err
+    recovery = json.loads((tmp_path / "recovered" / "flatten.json").read_text())["recovery"][0]
+    losses = [loss for _, loss in recovery["held_out"]]
+    assert len(set(losses)) > 4 and losses[-1] < losses[0]  # no stale copy of the weights
+    before, after = (load_file(tmp_path / name / "model.safetensors")
+                     for name in ("small", "recovered"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(before[name], after[name]) and before[name].dtype == torch.float32
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+@pytest.mark.parametrize("part", [["--last", 1], ["--full"], []], ids=["last", "full", "lora"])
+def test_tied_models_and_head_norms_are_trained_and_open(tmp_path, text_file, cli, part):
+    dense = tiny.checkpoint(tmp_path / "dense", model_type="qwen3", tie_word_embeddings=True,
+                            architectures=["Qwen3ForCausalLM"])
+    student = result_of(dense, tmp_path / "small", GROUPS)
+    code, _, err = cli(beyond.recover.main, "--ckpt", student, "--teacher", dense, "--data",
+                       text_file, "--steps", 3, "--batch", 2, "--length", 16, "--out",
+                       tmp_path / "new", *part)
+    assert code == 0, err
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "new"))
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape
+                                                             for name, t in after.items()}
+    table = "model.embed_tokens.weight"
+    assert torch.equal(before[table], after[table]) == (not part)
 
 
 def test_a_broken_state_is_one_line(small, tmp_path):
@@ -341,15 +373,34 @@ def test_what_does_not_belong_together_is_refused(ckpt, tmp_path, cli, small, te
                            "--data", text_file, "--out", tmp_path / "new")
         assert code == 2 and words in err and err.count("\n") == 1
     path = tmp_path / "small" / "flatten.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": []}))
+    record = json.loads(path.read_text())
+    same = [{"blocks": [i]} for i in range(3)]
+    for change, words in (({"groups": []}, "does not say"), ({"groups": None}, "does not say"),
+                          ({"groups": same}, "does not say")):
+        path.write_text(json.dumps(record | change))
+        code, _, err = small()
+        assert code == 2 and words in err and err.count("\n") == 1
+    path.write_text(json.dumps({"groups": record["groups"]}))
     code, _, err = small()
-    assert code == 2 and "does not say" in err
+    assert code == 2 and "earlier version" in err
+
+
+def test_a_teacher_is_not_overwritten_and_wide_blocks_are_refused(ckpt, tmp_path, cli, small,
+                                                                  text_file):
+    code, _, err = small("--overwrite", out="tiny")
+    assert code == 2 and "overlap" in err
+    assert cli(flatten.main, "--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length", 16,
+               "--no-eval", "--keep-wide", "--out", tmp_path / "wide")[0] == 0
+    code, _, err = cli(beyond.recover.main, "--ckpt", tmp_path / "wide", "--teacher", ckpt)
+    assert code == 2 and "has wide blocks" in err
 
 
 @pytest.mark.parametrize("options, words", [
     (["--full", "--last", "2"], "give one of them"),
     (["--steps", "0"], "must be at least 1"),
     (["--last", "9"], "has 3 blocks"),
+    (["--ckpt", "nowhere"], "nowhere"),
+    (["--data", "nowhere.json"], "nowhere.json"),
     (["--rate", "nan"], "--rate must be positive"),
     (["--length", "100000"], "fewer than twenty windows"),
     (["--rate", "1e30", "--full"], "is not finite"),
