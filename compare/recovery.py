@@ -8,6 +8,7 @@ table.md and, with matplotlib, loss.svg: held-out loss against tokens.
     python -m compare.recovery --ckpt demo/checkpoint --data python --steps 80 --batch 4
 """
 import argparse
+import hashlib
 import json
 import math
 import shlex
@@ -25,6 +26,7 @@ from compare.harness import commit
 from compare.judge import spread
 from compare.tables import summary
 from console import command, progress
+from console.options import DEFAULT_DEVICE
 from evaluate import losses, windows_of
 from model import load
 from text.tokenizer import load_tokenizer
@@ -41,6 +43,8 @@ RECIPES = {  # options of beyond.recover
     "KL + hidden, all weights": {"loss": "hidden", "full": True},
 }
 Key = tuple[str, str, int]  # base, recipe, seed
+SETTINGS = ("ckpt", "data", "also", "ratio", "samples", "length", "steps", "batch", "windows",
+            "rate", "lora_rate", "device")  # equal in all rows of a table
 
 
 def run(script: str, **options) -> str:
@@ -58,15 +62,18 @@ def run(script: str, **options) -> str:
 
 def compress(base: str, seed: int, args: argparse.Namespace) -> Path:
     """Make the compressed model of a base, unless it is there. Returns its folder."""
-    name, shared = Checkpoint(args.ckpt).name, {"ckpt": args.ckpt, "data": args.data,
-                                                "samples": args.samples, "length": args.length}
-    out = args.models / f"{name}-{base}-{args.ratio}-{seed}"
+    source = Checkpoint(args.ckpt)
+    shared = {"ckpt": args.ckpt, "data": args.data, "samples": args.samples,
+              "length": args.length, "device": args.device}
+    made_of = hashlib.sha256(json.dumps([source.digest(), args.ratio, shared]).encode())
+    folder = args.models / made_of.hexdigest()[:8]
+    out = folder / f"{base}-{seed}"
     if out.exists():
         return out
-    if base == "dropped":  # which blocks go does not depend on the seed by much
+    if base == "dropped":
         run("-m compare", **shared, methods="shortgpt", ratios=args.ratio, seeds=seed + 1,
-            windows=1, save=args.models / "shortgpt", out=args.models / f"shortgpt-{args.ratio}")
-        (args.models / "shortgpt" / f"{name}-shortgpt-{args.ratio}-{seed}").rename(out)
+            windows=1, save=folder / "shortgpt", out=folder / "shortgpt-results")
+        (folder / "shortgpt" / f"{source.name}-shortgpt-{args.ratio}-{seed}").rename(out)
     else:
         run("flatten.py" if base == "paper" else "-m beyond.refit", **shared, ratio=args.ratio,
             seed=seed, out=out, no_eval=True)
@@ -79,18 +86,50 @@ def cell(key: Key, args: argparse.Namespace, judged: dict[str, torch.Tensor]) ->
     path, row = compress(base, seed, args), {}
     if RECIPES[recipe]:
         out = args.models / "recovered"
+        out.with_name("recovered.unfinished").unlink(missing_ok=True)  # of a run that was killed
         line = run("-m beyond.recover", ckpt=path, teacher=args.ckpt, data=args.data,
                    **RECIPES[recipe], rate=args.rates["LoRA" in recipe], steps=args.steps,
-                   batch=args.batch, length=args.length,
-                   seed=seed, out=out, overwrite=True, no_eval=True)
+                   batch=args.batch, length=args.length, device=args.device, seed=seed, out=out,
+                   overwrite=True, no_eval=True)
         record = json.loads((out / "flatten.json").read_text())["recovery"][-1]
         row = {name: record[name] for name in ("tokens", "seconds", "held_out", "dense")}
         row["command"], path = line, out
-    net = load(path, dtype=torch.float32)
     return {"base": base, "recipe": recipe, "seed": seed, "commit": commit(), "tokens": 0,
-            "seconds": 0.0, **row,
-            "loss": {name: float(losses(net, windows, "cpu").double().mean())
-                     for name, windows in judged.items()}}
+            "seconds": 0.0, **row, "loss": judge(path, judged, args.device),
+            "settings": settings(args)}
+
+
+def judge(path: str | Path, judged: dict[str, torch.Tensor], device: str) -> dict[str, float]:
+    """Return a checkpoint's mean loss on windows (N, T) of each text."""
+    net = load(path, device, torch.float32)
+    return {name: float(losses(net, windows, device).double().mean())
+            for name, windows in judged.items()}
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """Return what must be equal for rows to be comparable."""
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def read_rows(path: Path, expected: dict) -> list[dict]:
+    """Read the rows of an earlier run.
+
+    A last line that a kill has cut off is taken out of the file. ValueError if the rows have other
+    settings, or are none of ours.
+    """
+    if not path.is_file():
+        return []
+    whole, _, cut_off = path.read_text().rpartition("\n")
+    if cut_off:
+        path.write_text(f"{whole}\n" if whole else "")
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        same = all(row["settings"] == expected for row in rows)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no rows of this program; choose another --out") from None
+    if not same:
+        raise ValueError(f"{path} holds rows with other settings; choose another --out")
+    return rows
 
 
 def tokens_to(curve: list[list[float]], target: float) -> float | None:
@@ -107,8 +146,7 @@ def tokens_to(curve: list[list[float]], target: float) -> float | None:
 
 
 def table(rows: list[dict], dense: dict[str, float]) -> str:
-    """Return the rows as a Markdown table, means over seeds; the best excess of each text is bold.
-    """
+    """Return the rows as a Markdown table, means over seeds with standard deviations."""
     texts = list(dense)
     fit = {row["seed"]: row["held_out"][0][1] for row in rows
            if row["base"] == "fit" and "held_out" in row}
@@ -187,7 +225,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("out/recovery"),
                         help="where compressed models go (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="where results go, or already are")
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
     args = parser.parse_args()
+    if args.seeds < 1 or args.windows < 1:
+        raise ValueError("--seeds and --windows must be at least 1")
     args.models, args.out = args.models.absolute(), args.out.absolute()
     args.rates = args.rate, args.lora_rate
     return args
@@ -197,13 +238,13 @@ def main() -> None:
     args = parse_args()
     tokenizer, judged = load_tokenizer(args.ckpt), {}
     for text, name in [held_out_text(args.data), *map(evaluation_text, args.also)]:
+        if name in judged:
+            raise ValueError(f"two texts are called {name}; rename one")
         windows = windows_of(torch.tensor(tokenizer.encode(text)), args.length)
         judged[name] = spread(windows, args.windows)
-    net = load(args.ckpt, dtype=torch.float32)
-    dense = {name: float(losses(net, windows, "cpu").double().mean())
-             for name, windows in judged.items()}
     path = args.out / "results.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_rows(path, settings(args))
+    dense = judge(args.ckpt, judged, args.device)
     done = {(row["base"], row["recipe"], row["seed"]) for row in rows}
     left = [key for key in product(args.bases, args.recipes, range(args.seeds)) if key not in done]
     for folder in (args.out, args.models):
@@ -215,7 +256,7 @@ def main() -> None:
     kinds = ", ".join(f"{len(w)} windows of {args.length} of {name}" for name, w in judged.items())
     text = (f"{Checkpoint(args.ckpt).name} at ratio {args.ratio}, {args.steps} steps of "
             f"{args.batch} x {args.length} tokens, judged on {kinds}; float32, seeds 0 to "
-            f"{max(row['seed'] for row in rows)}, CPU, torch {torch.__version__}, commit "
+            f"{max(row['seed'] for row in rows)}, {args.device}, torch {torch.__version__}, commit "
             f"{', '.join(sorted({row['commit'] for row in rows}))}\n\n"
             f"`python -m compare.recovery {shlex.join(sys.argv[1:])}`\n\n{table(rows, dense)}")
     (args.out / "table.md").write_text(text + "\n")

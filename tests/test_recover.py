@@ -474,4 +474,10 @@ def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
     assert [row["recipe"] for row in rows] == ["none", "labels, LoRA"]
     assert rows[1]["command"].startswith("python -m beyond.recover --ckpt ")
+    with (tmp_path / "out" / "results.jsonl").open("a") as file:
+        file.write('{"base": "pap')  # a kill while a row was written
+    code, out, err = cli(compare.recovery.main, *options, "labels, LoRA")
+    assert code == 0 and out.count("| paper |") == 2, err
+    code, _, err = cli(compare.recovery.main, *options, "--steps", 3)
+    assert code == 2 and "other settings" in err
     assert rows[1]["held_out"][-1][0] == 64 and (tmp_path / "out" / "table.md").is_file()
