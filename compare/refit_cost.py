@@ -26,7 +26,7 @@ from torch import Tensor
 
 import console
 from beyond.refit import Fit
-from calibrate import cosine_sums, observe
+from calibrate import observe
 from checkpoint.config import Config
 from checkpoint.reader import Weights
 from compare.speed import SHAPES, shape_config
@@ -54,16 +54,12 @@ class Pair:
 
 @torch.inference_mode()
 def look(runner: Runner, weights: Weights, xs: Tensor) -> None:
-    """Do what the measuring pass does for one block.
-
-    Run it, and compare its input with another stream.
-    """
+    """Do what the measuring pass does for one block: run it, and look at what it adds."""
     block, ys = runner.block(weights), torch.empty_like(xs)
     for rows in batches(xs):
         x = xs[rows].to(runner.device)
         y, _ = observe(block, x, runner.rope)
         ys[rows] = y.to(ys.device)
-        cosine_sums([x, y])
 
 
 def parse_args() -> argparse.Namespace:
