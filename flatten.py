@@ -191,29 +191,37 @@ def keep_wide() -> Halves:
 
 # ---- what a run reports
 
-def with_errors(blocks: Iterator[tuple[Weights, dict]], source, groups: list[list[int]], xs: Tensor,
-                runner: Runner) -> Iterator[tuple[Weights, dict]]:
-    """Pass on what merge_groups yields, and add to each report the errors of the merged block.
+def with_errors(merge_attention: Callable, merge_mlp: Callable, runner: Runner) -> Halves:
+    """Return halves of the same merge, whose reports also hold the errors of the merged block."""
+    group = {}  # at hand: its members, what it kept, and a few windows of the stream that enters it
 
-    They are relative errors on one window in sixteen: after flattening, after the best heads and
-    channels have been selected, and after the others have been folded in.
+    def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
+        group.update(members=members, start=probe(xs))
+        block, group["heads"] = merge_attention(members, xs)
+        return block, group["heads"]
+
+    def mlp(block: Weights, xs: Tensor) -> tuple[Weights, dict]:
+        block, channels = merge_mlp(block, xs)
+        kept = group["heads"] | channels
+        return block, channels | errors(group["members"], block, kept, group["start"], runner)
+    return attention, mlp
+
+
+def errors(members: list[Weights], block: Weights, kept: dict, start: Tensor,
+           runner: Runner) -> dict:
+    """Measure the errors of a block that was made of the members, on the streams `start` (n, T, C).
+
+    They are relative errors: after flattening, after the best heads and channels have been
+    selected, and after the others have been folded in. A block that was not touched has none.
     """
-    for group in groups:
-        start = probe(xs)
-        block, report = next(blocks)
-        if len(group) == 1 and not report:  # a block that was not touched
-            yield block, report
-            continue
-        members = [source.block(i) for i in group]
-        wide, target = flatten_blocks(members), through(members, start, runner)
-        if len(group) > 1:
-            flattened = through([wide], start, runner)
-            report["error_flattened"] = relative_error(flattened, target, start)
-        if "channels" in report:
-            selected = through([selection(wide, report, runner.config)], start, runner)
-            report["error_selected"] = relative_error(selected, target, start)
-            report["error_compensated"] = relative_error(xs[:len(start)], target, start)
-        yield block, report
+    wide, made = flatten_blocks(members), {}
+    if len(members) > 1:
+        made["flattened"] = wide
+    if "channels" in kept:
+        made |= {"selected": selection(wide, kept, runner.config), "compensated": block}
+    target = through(members if made else [], start, runner)
+    return {f"error_{name}": relative_error(through([weights], start, runner), target, start)
+            for name, weights in made.items()}
 
 
 def selection(wide: Weights, kept: dict, config: Config) -> Weights:
@@ -358,8 +366,8 @@ def main() -> None:
         groups = select_groups(S, merges, args.max_group or len(S))
         xs = embed(source.outer(), tokens, runner.dtype)                # (N, T, C), enters block 0
         halves = keep_wide() if args.keep_wide else paper(runner, args.ridge)
-        blocks = merge_groups(source, groups, xs, runner, *halves)
-        blocks, reports = with_errors(blocks, source, groups, xs, runner), new_reports(groups, S)
+        blocks = merge_groups(source, groups, xs, runner, *with_errors(*halves, runner))
+        reports = new_reports(groups, S)
         for block in tell(blocks, source, groups, reports):
             writer.add(block)
         record = {"method": "FlattenGPT (arXiv 2602.08858)", "ratio_asked": args.ratio,
@@ -413,10 +421,10 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
         check_finite(source.outer(), "outside the blocks")
         xs = embed(source.outer(), tokens, runner.dtype)
         groups = [[i] for i in range(len(source.config.widths))]
-        blocks = merge_groups(source, groups, xs, runner, *paper(runner, args.ridge))
+        halves = with_errors(*paper(runner, args.ridge), runner)
+        blocks = merge_groups(source, groups, xs, runner, *halves)
         for report in record["groups"]:
             report.pop("error_flattened", None)
-        blocks = with_errors(blocks, source, groups, xs, runner)
         for block in tell(blocks, source, groups, record["groups"]):
             writer.add(block)
         record |= {"flatten_command": record["command"], "errors_relative_to": "wide block",
