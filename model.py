@@ -348,10 +348,11 @@ class Runner:
         for rows in batches(xs):
             xs[rows] = step(xs[rows].to(self.device)).to(xs.device)
 
-    def run_block(self, weights: Weights, xs: Tensor) -> None:
-        """xs <- block(xs), in place."""
+    def run_block(self, weights: Weights, *streams: Tensor) -> None:
+        """xs <- block(xs), in place, for each stream xs."""
         block = self.block(weights)
-        self.update(xs, lambda x: block(x, self.rope))
+        for xs in streams:
+            self.update(xs, lambda x: block(x, self.rope))
 
     def attend(self, weights: Weights, xs: Tensor) -> None:
         """xs <- xs + the block's attention, in place."""
