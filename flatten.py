@@ -334,7 +334,7 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
 
 def start_runner(source: Checkpoint, args: argparse.Namespace, text: str) -> Runner:
     """Make a Runner as the options ask for, and print what is about to happen."""
-    dtype = compute_dtype(args.dtype, args.device, source.dtype)
+    dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     print(f"{source.path}: {source.config.num_hidden_layers} blocks, calibrated on "
           f"{args.samples} x {args.length} tokens of {text}")
     return Runner(source.config, args.length, args.device, dtype)

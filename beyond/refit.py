@@ -420,7 +420,7 @@ class Fit:
         config, (keep, _) = self.runner.config, self.keep
         group = config.num_attention_heads // config.num_key_value_heads
         size = group * config.head_dim                                      # rows of one KV head
-        W = wide[O_PROJ].double().T.to(self.runner.device)                  # (H*D, C)
+        W = wide[O_PROJ].to(self.runner.device).double().T                  # (H*D, C)
         features = head_features(wide, self.runner)
         if "eliminate" in self.parts:
             B, factor, pull = self.regression(features, few(xs), few(target), "head")
@@ -442,7 +442,7 @@ class Fit:
         After an elimination these rows are fitted to the target.
         """
         _, keep = self.keep
-        W = wide[DOWN_PROJ].double().T.to(self.runner.device)               # (F, C)
+        W = wide[DOWN_PROJ].to(self.runner.device).double().T               # (F, C)
         squares = mean_squares(self.runner, few(xs, ENOUGH), channel_features(wide, self.runner))
         check_finite({"the channel statistics": squares}, FIT)
         compared = min(int(SHORTLIST * keep), len(W)) if "eliminate" in self.parts else keep
