@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 import console
-from calibrate import measure, read_tokens
+from calibrate import SAMPLE, measure, read_tokens
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
-from console import progress
+from console import forecast, progress
 from console.options import (
     DTYPES,
     PAPER,
@@ -52,6 +52,7 @@ from text.wikitext import PYTHON, held_out_text
 
 BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
 QUICK_WINDOWS = 64  # of held-out text judge the quick start
+SHOWN_WIDTHS = 4    # --dry-run shows the memory of groups up to this size, or --max-group
 SETTINGS = {"samples", "length", "seed", "ridge", "data", "dtype"}  # step 4 takes these from step 3
 READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
                                     "self_attn.v_proj.weight"),
@@ -267,6 +268,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              "feature per token (default 3)")
     parser.add_argument("--max-group", type=int,
                         help="most blocks to join into one (default: no limit; 2: pairs only)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what the run would make and take, and end")
     parser.add_argument("--explain", action="store_true", help="say more about what was chosen")
     parser.add_argument("--no-eval", action="store_true",
                         help="do not compare perplexity at the end")
@@ -325,11 +328,33 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
         limit = f" and at most {largest}" if largest else ""
         raise ValueError(f"--max-group must be at least 2{limit}; got {args.max_group}")
     args.out = args.out or Path("out") / f"{source.name}-{kind}-{args.ratio}"
-    if not args.no_eval:
+    if not args.no_eval and not args.dry_run:
         text, _ = held_out_text(args.data)
         windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length)
     most = args.max_group or source.config.num_hidden_layers
     return merges_for_ratio(source.config, args.ratio, most)
+
+
+def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: Callable,
+             passes: int = 2) -> None:
+    """Print what a run would make, read and hold in memory.
+
+    memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
+    """
+    config, size = source.config, source.size()[1]
+    dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
+    shape = config, args.samples, args.length, dtype.itemsize
+    removed = 0 if memory is forecast.flattening else merges * config.block_parameters()
+    print(f"{source.path}: {merges} merges, {config.num_hidden_layers} -> "
+          f"{config.num_hidden_layers - merges} blocks, {config.parameters():,} -> "
+          f"{config.parameters() - removed:,} parameters, ratio "
+          f"{removed / config.parameters():.4f} (asked {args.ratio})")
+    print(f"{passes} passes of at most {args.samples} x {args.length} tokens, each reads every "
+          f"block once: {passes} x {size / 1e6:,.0f} MB")
+    print(forecast.row("first pass", forecast.measuring(*shape, SAMPLE)))
+    for width in range(2, min(args.max_group or SHOWN_WIDTHS, merges + 1) + 1):
+        print(forecast.row(f"{width} blocks", memory(*shape, width)))
+    print("nothing has been read but the config, and nothing written (--dry-run)")
 
 
 def start_runner(source: Checkpoint, args: argparse.Namespace, text: str) -> Runner:
@@ -359,6 +384,9 @@ def main() -> None:
     if source.is_wide:
         return prune_wide(source, args)
     merges = plan(source, args, "wide" if args.keep_wide else "flat", PAPER["ridge"])
+    if args.dry_run:
+        return foretell(source, args, merges,
+                        forecast.flattening if args.keep_wide else forecast.pruning)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)                   # (N, T)
         runner = start_runner(source, args, text)
@@ -408,7 +436,7 @@ def read_record(source: Checkpoint) -> dict:
 def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
     """Do step 4 on a checkpoint that was saved after step 3. Its settings are the defaults."""
     for name, unset in (("keep_wide", False), ("ratio", 0.2), ("max_group", None),
-                        ("explain", False)):
+                        ("explain", False), ("dry_run", False)):
         if getattr(args, name) != unset:
             raise ValueError(f"--{name.replace('_', '-')} is for a model that has not been "
                              f"flattened; {source.path} has been")
