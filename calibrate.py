@@ -14,7 +14,6 @@ add, relative to the stream.
 """
 import argparse
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,9 @@ from console.options import add_run_options, compute_dtype, defaults
 from model import Block, Runner, batches, check_finite, embed, sum_dtype
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import calibration_text
+
+SAMPLE = 2048  # tokens on which streams that are not neighbours are compared
+PIECES = 32    # of that sample: their differences tell the error of S
 
 
 def calibration_tokens(ids: Tensor, n: int, length: int, seed: int,
@@ -83,6 +85,7 @@ class Measurement:
     variance: Tensor    # (L,) of the stream's channels
     attention: Tensor   # (L,) |attention output| / |stream it is added to|
     mlp: Tensor         # (L,) |MLP output| / |stream it is added to|
+    error: Tensor       # (L+1, L+1) standard error of `similarity`, from differences in the text
 
     @property
     def S(self) -> Tensor:
@@ -106,46 +109,71 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
     return total
 
 
+def spread(tokens: int) -> Tensor:
+    """Choose the SAMPLE of so many tokens, or all if there are fewer. Returns their places.
+
+    The text is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed
+    step could meet the same position in every window: the first token, for one, is like no other.
+    """
+    n = min(SAMPLE, tokens)
+    chance = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((torch.arange(n) + chance) * (tokens / n)).long()
+
+
+def mean_cosines(streams: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the mean cosine of every pair of n streams (tokens, C), and its standard error.
+
+    Both are (n, n). The tokens are cut into PIECES of neighbouring ones, and the error is what the
+    differences between these tell. So it is that of other text of the same kind: tokens near each
+    other are alike, and a denser sample of the same windows would not make it smaller.
+    """
+    pieces = list(zip(*(x.chunk(PIECES) for x in streams), strict=True))
+    counts = torch.tensor([len(piece[0]) for piece in pieces], dtype=torch.float64)
+    sums = torch.stack([cosine_sums([x.to(device) for x in piece]).cpu().double()
+                        for piece in pieces])                               # (pieces, n, n)
+    mean = sums.sum(0) / counts.sum()
+    scatter = (sums - mean * counts[:, None, None]).square().sum(0)
+    error = (scatter * len(pieces) / (len(pieces) - 1)).sqrt() / counts.sum()  # NaN for one piece
+    return mean, error
+
+
 @torch.inference_mode()
 def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
     """Pass the tokens (N, T) through all L blocks and measure.
 
-    S compares all blocks on the same token. So a few windows at a time pass through the whole
-    depth, and the L + 1 streams of these windows stay in memory together. If N > L, that is no more
-    than one stream of all windows. The price is that every block is read once for each slice of
-    windows. ValueError names a block that holds or makes NaN or infinity.
+    All windows pass through a block before the next one is read, so every block is read once.
+    Streams that are neighbours are at hand together, and compared on all tokens. For the others,
+    L + 1 streams are kept, but only of a SAMPLE of tokens, spread over all windows. The memory is
+    that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers. ValueError names
+    a block that holds or makes NaN or infinity.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     check_finite(outer, "outside the blocks")
-    step = max(1, len(tokens) // (L + 1))
-    similarity = torch.zeros(L + 1, L + 1, dtype=torch.float64)
-    sums = torch.zeros(3, L, dtype=torch.float64)
-    starts = range(0, len(tokens), step)
-    steps = product(starts, range(L))
-    for start, i in progress(steps, "measure: blocks x batches", len(starts) * L):
+    xs, sample = embed(outer, tokens, runner.dtype), spread(tokens.numel())
+    kept = [xs.flatten(0, 1)[sample]]                       # L + 1 streams (SAMPLE, C)
+    sums = torch.zeros(4, L, dtype=torch.float64)
+    for i in progress(range(L), "measure: blocks", L):
         weights = source.block(i)
-        if start == 0:
-            check_finite(weights, f"block {i}")
-        if i == 0:
-            states = [embed(outer, tokens[start:start + step], runner.dtype)]
-        block, x = runner.block(weights), states[-1]
-        y = torch.empty_like(x)
-        for rows in batches(x):
-            y[rows], observed = observe(block, x[rows].to(runner.device), runner.rope)
+        check_finite(weights, f"block {i}")
+        block = runner.block(weights)
+        for rows in batches(xs):
+            y, observed = observe(block, xs[rows].to(runner.device), runner.rope)
+            xs[rows] = y.to(xs.device)
             sums[:, i] += observed.cpu()
-        check_finite({"its output": y}, f"block {i}")
-        states.append(y)
-        if i == L - 1:
-            for rows in batches(x):
-                same_tokens = [state[rows].to(runner.device) for state in states]
-                similarity += cosine_sums(same_tokens).cpu()
-    return Measurement(similarity / tokens.numel(), *sums / tokens.numel())
+        check_finite({"its output": xs}, f"block {i}")
+        kept.append(xs.flatten(0, 1)[sample])
+    similarity, error = mean_cosines(kept, runner.device)
+    variance, attention, mlp, neighbours = sums / tokens.numel()
+    for side in (1, -1):
+        similarity.diagonal(side).copy_(neighbours)
+    return Measurement(similarity, variance, attention, mlp, error)
 
 
 def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Run a block on x (B, T, C). Returns its output and three sums over tokens.
+    """Run a block on x (B, T, C). Returns its output and four sums over tokens.
 
-    They are of the stream's variance, and of the relative norms of attention and MLP.
+    They are of the stream's variance, of the relative norms of attention and MLP, and of the cosine
+    between x and the output.
     """
     attention = block.attend(x, rope)
     middle = x + attention
@@ -154,7 +182,8 @@ def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tenso
     shares = [(part.to(wide).norm(dim=-1) / base.to(wide).norm(dim=-1).clamp_min(1e-30)).sum()
               for part, base in ((attention, x), (mlp, middle))]
     variance = x.to(wide).var(-1, correction=0).sum()
-    return middle + mlp, torch.stack([variance, *shares])
+    y = middle + mlp
+    return y, torch.stack([variance, *shares, cosine_sums([x, y])[0, 1]])
 
 
 def read_texts(tokenizer: Tokenizer, data: list[str] | None) -> tuple[list[Tensor], str]:
@@ -185,7 +214,8 @@ def show(measured: Measurement) -> None:
     for i, (variance, attention, mlp, next_input) in enumerate(zip(*columns, strict=True)):
         print(f"{i:5d}   {variance:15.4g}   {attention:15.3f}   {mlp:10.3f}   {next_input:28.3f}")
     print("(the last block's next input is the stream that leaves the model)\n\n"
-          "S, similarity of block inputs:")
+          "S, similarity of block inputs, with a standard error of at most "
+          f"{float(measured.error.max()):.2g}:")
     print("      " + " ".join(f"{j:4d}" for j in range(len(measured.S))))
     for i, row in enumerate(measured.S):
         values = ("    " if j < i else f"{value:4.2f}" for j, value in enumerate(row))

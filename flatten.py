@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 import console
-from calibrate import measure, read_tokens
+from calibrate import SAMPLE, measure, read_tokens
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
-from console import progress
+from console import forecast, progress
 from console.options import (
     DTYPES,
     PAPER,
@@ -52,6 +52,7 @@ from text.wikitext import PYTHON, held_out_text
 
 BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
 QUICK_WINDOWS = 64  # of held-out text judge the quick start
+SHOWN_WIDTHS = 4    # --dry-run shows the memory of groups up to this size, or --max-group
 SETTINGS = {"samples", "length", "seed", "ridge", "data", "dtype"}  # step 4 takes these from step 3
 READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
                                     "self_attn.v_proj.weight"),
@@ -191,29 +192,37 @@ def keep_wide() -> Halves:
 
 # ---- what a run reports
 
-def with_errors(blocks: Iterator[tuple[Weights, dict]], source, groups: list[list[int]], xs: Tensor,
-                runner: Runner) -> Iterator[tuple[Weights, dict]]:
-    """Pass on what merge_groups yields, and add to each report the errors of the merged block.
+def with_errors(merge_attention: Callable, merge_mlp: Callable, runner: Runner) -> Halves:
+    """Return halves of the same merge, whose reports also hold the errors of the merged block."""
+    group = {}  # at hand: its members, what it kept, and a few windows of the stream that enters it
 
-    They are relative errors on one window in sixteen: after flattening, after the best heads and
-    channels have been selected, and after the others have been folded in.
+    def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
+        group.update(members=members, start=probe(xs))
+        block, group["heads"] = merge_attention(members, xs)
+        return block, group["heads"]
+
+    def mlp(block: Weights, xs: Tensor) -> tuple[Weights, dict]:
+        block, channels = merge_mlp(block, xs)
+        kept = group["heads"] | channels
+        return block, channels | errors(group["members"], block, kept, group["start"], runner)
+    return attention, mlp
+
+
+def errors(members: list[Weights], block: Weights, kept: dict, start: Tensor,
+           runner: Runner) -> dict:
+    """Measure the errors of a block that was made of the members, on the streams `start` (n, T, C).
+
+    They are relative errors: after flattening, after the best heads and channels have been
+    selected, and after the others have been folded in. A block that was not touched has none.
     """
-    for group in groups:
-        start = probe(xs)
-        block, report = next(blocks)
-        if len(group) == 1 and not report:  # a block that was not touched
-            yield block, report
-            continue
-        members = [source.block(i) for i in group]
-        wide, target = flatten_blocks(members), through(members, start, runner)
-        if len(group) > 1:
-            flattened = through([wide], start, runner)
-            report["error_flattened"] = relative_error(flattened, target, start)
-        if "channels" in report:
-            selected = through([selection(wide, report, runner.config)], start, runner)
-            report["error_selected"] = relative_error(selected, target, start)
-            report["error_compensated"] = relative_error(xs[:len(start)], target, start)
-        yield block, report
+    wide, made = flatten_blocks(members), {}
+    if len(members) > 1:
+        made["flattened"] = wide
+    if "channels" in kept:
+        made |= {"selected": selection(wide, kept, runner.config), "compensated": block}
+    target = through(members if made else [], start, runner)
+    return {f"error_{name}": relative_error(through([weights], start, runner), target, start)
+            for name, weights in made.items()}
 
 
 def selection(wide: Weights, kept: dict, config: Config) -> Weights:
@@ -259,6 +268,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                              "feature per token (default 3)")
     parser.add_argument("--max-group", type=int,
                         help="most blocks to join into one (default: no limit; 2: pairs only)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what the run would make and take, and end")
     parser.add_argument("--explain", action="store_true", help="say more about what was chosen")
     parser.add_argument("--no-eval", action="store_true",
                         help="do not compare perplexity at the end")
@@ -317,16 +328,38 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
         limit = f" and at most {largest}" if largest else ""
         raise ValueError(f"--max-group must be at least 2{limit}; got {args.max_group}")
     args.out = args.out or Path("out") / f"{source.name}-{kind}-{args.ratio}"
-    if not args.no_eval:
+    if not args.no_eval and not args.dry_run:
         text, _ = held_out_text(args.data)
         windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length)
     most = args.max_group or source.config.num_hidden_layers
     return merges_for_ratio(source.config, args.ratio, most)
 
 
+def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: Callable,
+             passes: int = 2) -> None:
+    """Print what a run would make, read and hold in memory.
+
+    memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
+    """
+    config, size = source.config, source.size()[1]
+    dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
+    shape = config, args.samples, args.length, dtype.itemsize
+    removed = 0 if memory is forecast.flattening else merges * config.block_parameters()
+    print(f"{source.path}: {merges} merges, {config.num_hidden_layers} -> "
+          f"{config.num_hidden_layers - merges} blocks, {config.parameters():,} -> "
+          f"{config.parameters() - removed:,} parameters, ratio "
+          f"{removed / config.parameters():.4f} (asked {args.ratio})")
+    print(f"{passes} passes of at most {args.samples} x {args.length} tokens, each reads every "
+          f"block once: {passes} x {size / 1e6:,.0f} MB")
+    print(forecast.row("first pass", forecast.measuring(*shape, SAMPLE)))
+    for width in range(2, min(args.max_group or SHOWN_WIDTHS, merges + 1) + 1):
+        print(forecast.row(f"{width} blocks", memory(*shape, width)))
+    print("nothing has been read but the config, and nothing written (--dry-run)")
+
+
 def start_runner(source: Checkpoint, args: argparse.Namespace, text: str) -> Runner:
     """Make a Runner as the options ask for, and print what is about to happen."""
-    dtype = compute_dtype(args.dtype, args.device, source.dtype)
+    dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     print(f"{source.path}: {source.config.num_hidden_layers} blocks, calibrated on "
           f"{args.samples} x {args.length} tokens of {text}")
     return Runner(source.config, args.length, args.device, dtype)
@@ -351,6 +384,9 @@ def main() -> None:
     if source.is_wide:
         return prune_wide(source, args)
     merges = plan(source, args, "wide" if args.keep_wide else "flat", PAPER["ridge"])
+    if args.dry_run:
+        return foretell(source, args, merges,
+                        forecast.flattening if args.keep_wide else forecast.pruning)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)                   # (N, T)
         runner = start_runner(source, args, text)
@@ -358,8 +394,8 @@ def main() -> None:
         groups = select_groups(S, merges, args.max_group or len(S))
         xs = embed(source.outer(), tokens, runner.dtype)                # (N, T, C), enters block 0
         halves = keep_wide() if args.keep_wide else paper(runner, args.ridge)
-        blocks = merge_groups(source, groups, xs, runner, *halves)
-        blocks, reports = with_errors(blocks, source, groups, xs, runner), new_reports(groups, S)
+        blocks = merge_groups(source, groups, xs, runner, *with_errors(*halves, runner))
+        reports = new_reports(groups, S)
         for block in tell(blocks, source, groups, reports):
             writer.add(block)
         record = {"method": "FlattenGPT (arXiv 2602.08858)", "ratio_asked": args.ratio,
@@ -400,7 +436,7 @@ def read_record(source: Checkpoint) -> dict:
 def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
     """Do step 4 on a checkpoint that was saved after step 3. Its settings are the defaults."""
     for name, unset in (("keep_wide", False), ("ratio", 0.2), ("max_group", None),
-                        ("explain", False)):
+                        ("explain", False), ("dry_run", False)):
         if getattr(args, name) != unset:
             raise ValueError(f"--{name.replace('_', '-')} is for a model that has not been "
                              f"flattened; {source.path} has been")
@@ -413,10 +449,10 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
         check_finite(source.outer(), "outside the blocks")
         xs = embed(source.outer(), tokens, runner.dtype)
         groups = [[i] for i in range(len(source.config.widths))]
-        blocks = merge_groups(source, groups, xs, runner, *paper(runner, args.ridge))
+        halves = with_errors(*paper(runner, args.ridge), runner)
+        blocks = merge_groups(source, groups, xs, runner, *halves)
         for report in record["groups"]:
             report.pop("error_flattened", None)
-        blocks = with_errors(blocks, source, groups, xs, runner)
         for block in tell(blocks, source, groups, record["groups"]):
             writer.add(block)
         record |= {"flatten_command": record["command"], "errors_relative_to": "wide block",

@@ -92,11 +92,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys and values of the tokens seen so far: for each block a pair of (B, KV, T, D).
 
-    The memory for `capacity` tokens is taken once.
+    The memory for `capacity` tokens is taken once, and their angles are computed once.
     """
 
     def __init__(self, capacity: int):
-        self.capacity, self.length, self.store = capacity, 0, {}
+        self.capacity, self.length, self.store, self.angles = capacity, 0, {}, None
+
+    def rope(self, config: Config, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rope_table of the next tokens, cut out of one table for the whole capacity."""
+        if self.angles is None:
+            self.angles = rope_table(config, 0, self.capacity, like)
+        return tuple(part[self.length:self.length + tokens] for part in self.angles)
 
     def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k, v (B, KV, T, D) of a block; return all keys and values of that block."""
@@ -252,12 +258,14 @@ class Transformer(nn.Module):
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the final normed states (B, T, C) of token ids (B, T).
 
-        With a cache, the ids continue what it holds.
+        With a cache, the ids continue what it holds. One id alone is not checked then: it is the
+        model's own choice, and a GPU would be waited for to read it.
         """
-        check_ids(ids, self.config.vocab_size)
+        if cache is None or cache.length == 0 or ids.shape[1] > 1:
+            check_ids(ids, self.config.vocab_size)
         x = self.model["embed_tokens"](ids)
-        start = cache.length if cache is not None else 0
-        rope = rope_table(self.config, start, start + ids.shape[1], like=x)
+        rope = (rope_table(self.config, 0, ids.shape[1], like=x) if cache is None
+                else cache.rope(self.config, ids.shape[1], like=x))
         for i, block in enumerate(self.model["layers"]):
             x = block(x, rope, cache, i)
         if cache is not None:
@@ -294,8 +302,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
 
 
 def move(weights: Weights, device: str | torch.device, dtype: torch.dtype) -> Weights:
-    """Move tensors to a device, in a dtype."""
-    return {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+    """Move tensors to a device, in their own dtype, and give them another one there."""
+    return {name: tensor.to(device).to(dtype) for name, tensor in weights.items()}
 
 
 # ---- running blocks over the streams of a whole text
@@ -348,10 +356,11 @@ class Runner:
         for rows in batches(xs):
             xs[rows] = step(xs[rows].to(self.device)).to(xs.device)
 
-    def run_block(self, weights: Weights, xs: Tensor) -> None:
-        """xs <- block(xs), in place."""
+    def run_block(self, weights: Weights, *streams: Tensor) -> None:
+        """xs <- block(xs), in place, for each stream xs."""
         block = self.block(weights)
-        self.update(xs, lambda x: block(x, self.rope))
+        for xs in streams:
+            self.update(xs, lambda x: block(x, self.rope))
 
     def attend(self, weights: Weights, xs: Tensor) -> None:
         """xs <- xs + the block's attention, in place."""
@@ -408,8 +417,8 @@ def add_gram(total: Tensor, a: Tensor) -> None:
 
 @torch.inference_mode()
 def symmetric(lower: Tensor) -> Tensor:
-    """Make a symmetric matrix (n, n) of its lower triangle. Overwrites the rest of `lower`."""
-    return lower.tril_() + lower.tril(-1).T
+    """Make a symmetric matrix (n, n) of its lower triangle, in place."""
+    return lower.tril_().add_(lower.tril(-1).T)
 
 
 # ---- text

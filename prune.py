@@ -105,11 +105,12 @@ def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
     """
     grain = 1e-12 * float(C.diagonal().double().mean())
     for extra in (0.0, grain, 1e3 * grain, 1e6 * grain):
-        A = C.to(torch.float64, copy=True)
-        A.diagonal().add_(ridge + extra)
-        factor, info = torch.linalg.cholesky_ex(A)
+        A = torch.empty(C.shape, dtype=torch.float64, device=C.device).mT  # laid out by columns:
+        A.copy_(C).diagonal().add_(ridge + extra)                          # so it is overwritten
+        info = torch.empty((), dtype=torch.int32, device=C.device)
+        torch.linalg.cholesky_ex(A, out=(A, info))
         if int(info) == 0:
-            return factor
+            return A
     raise ValueError("a matrix of calibration statistics is not positive definite to working "
                      "precision; give more text (--samples, --length) or a larger --ridge")
 
@@ -132,17 +133,19 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
 def inverse_diagonal(factor: Tensor, columns: int = 512) -> Tensor:
     """Return the diagonal of A^-1, for the lower triangle `factor` (F, F) of A = factor factor^T.
 
-    Its elements are the squared norms of the columns of factor^-1. A few columns are solved for at
-    a time, from the diagonal down: what is above is zero.
+    Its elements are the squared norms of the columns of factor^-1, which overwrites `factor`: of a
+    large matrix a copy would be what the memory does not hold. A few columns are inverted at a
+    time, the last ones first: the others need what is below and to the right of them.
     """
-    diagonal = []
-    for j in range(0, len(factor), columns):
-        lower = factor[j:, j:]
-        unit = torch.eye(len(lower), min(columns, len(lower)), dtype=factor.dtype,
-                         device=factor.device)
-        inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
-        diagonal.append(inverse.square().sum(0))
-    return torch.cat(diagonal)
+    diagonal = torch.empty_like(factor[0])
+    for j in reversed(range(0, len(factor), columns)):
+        here, below = slice(j, j + columns), slice(j + columns, None)
+        unit = torch.eye(len(factor[here])).to(factor)
+        inverse = torch.linalg.solve_triangular(factor[here, here], unit, upper=False)
+        factor[below, here] = factor[below, below] @ (factor[below, here] @ -inverse)
+        factor[here, here] = inverse
+        diagonal[here] = factor[j:, here].square().sum(0)
+    return diagonal
 
 
 def nystrom_down(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:
@@ -184,6 +187,7 @@ def head_sizes(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     return runner.sums([xs], sizes)[0] / (xs.shape[0] * xs.shape[1])
 
 
+@torch.inference_mode()
 def channel_covariance(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     """Return C = E[psi psi^T], (F, F).
 
@@ -192,7 +196,7 @@ def channel_covariance(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     def products(x: Tensor) -> list[tuple[Tensor, Tensor]]:
         psi = block.mlp.channels(block.post_attention_layernorm(x))
         return [(psi, psi)]
-    return symmetric(runner.sums([xs], products)[0]) / (xs.shape[0] * xs.shape[1])
+    return symmetric(runner.sums([xs], products)[0]).div_(xs.shape[0] * xs.shape[1])
 
 
 def score_heads(block: Weights, xs: Tensor, runner: Runner) -> Tensor:

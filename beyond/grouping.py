@@ -8,6 +8,7 @@ the dense one. The groups are those of least total damage.
 `python -m beyond.refit --group-by damage` uses this.
 """
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -58,29 +59,30 @@ def damages(source, tokens: Tensor, runner: Runner,
     halves(dense) makes the two halves of a merge (see flatten.merge_groups) from the dense stream
     that enters the group. A merge is made from one calibration window in BUILD and judged by about
     one in L of the others. Together this takes less than three passes of all windows, however deep
-    the model, if there are more windows than blocks.
+    the model, if there are more windows than blocks. For each size of group every block is read
+    once, and serves all trials: their streams, of the judging windows, pass through it together.
+    They take about as much memory as the stream of all windows.
     """
-    L, outer = source.config.num_hidden_layers, source.outer()
+    L, outer, damage = source.config.num_hidden_layers, source.outer(), {}
     for_build, for_judge = split(tokens, L)
-    judge = [embed(outer, for_judge, runner.dtype)]  # dense streams: judge[i] enters block i
-    for i in range(L):
-        judge.append(judge[-1].clone())
-        runner.run_block(source.block(i), judge[-1])
-    logits_of, damage = readout(outer, runner), {}
+    logits_of = readout(outer, runner)
     for size in range(2, largest + 1):
-        build, at = embed(outer, for_build, runner.dtype), 0  # the dense stream that enters block 0
-        trials = candidates(damage, L, size, merges)
-        for i, j in progress(trials, f"try merges of {size}", len(trials)):
-            for k in range(at, i):
-                runner.run_block(source.block(k), build)
-            at = i                                            # now it enters block i
-            trial = merge_groups(source, [list(range(i, j + 1))], build.clone(), runner,
-                                 *halves(build.clone()))
-            merged, _ = next(trial)
-            ys = judge[i].clone()
-            for block in [merged, *(source.block(k) for k in range(j + 1, L))]:
-                runner.run_block(block, ys)
-            damage[i, j] = divergence(logits_of, judge[L], logits_of, ys, runner.device)
+        trials = {}  # (first, last) -> the stream of the model with that merge
+        chosen = candidates(damage, L, size, merges)
+        build, judge = (embed(outer, part, runner.dtype) for part in (for_build, for_judge))
+        near = {}    # the block at hand and the next ones, as many as a group has
+        for k in progress(range(L), f"try merges of {size}: blocks", L):
+            near = {i: near.get(i) or source.block(i) for i in range(k, min(k + size, L))}
+            passing = [ys for (_, last), ys in trials.items() if last < k]
+            if (k, k + size - 1) in chosen:  # here `build` and `judge` enter block k
+                trial = merge_groups(SimpleNamespace(block=near.get), [sorted(near)],
+                                     build.clone(), runner, *halves(build.clone()))
+                merged, _ = next(trial)
+                trials[k, k + size - 1] = judge.clone()
+                runner.run_block(merged, trials[k, k + size - 1])
+            runner.run_block(near[k], build, judge, *passing)
+        for (i, j), ys in trials.items():
+            damage[i, j] = divergence(logits_of, judge, logits_of, ys, runner.device)
             check_finite({"its predictions": torch.tensor(damage[i, j])}, f"blocks {i}-{j} merged")
     return damage
 

@@ -46,8 +46,10 @@ from beyond.regression import (
     ridged,
 )
 from calibrate import measure, read_tokens
+from checkpoint.config import Config
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
+from console.forecast import flattening, stream
 from console.options import describe_run
 from console.report import explain
 from evaluate import probe, relative_error
@@ -57,6 +59,7 @@ from flatten import (
     conclude,
     flatten_blocks,
     fold_norms,
+    foretell,
     keep_wide,
     merge_groups,
     new_reports,
@@ -420,7 +423,7 @@ class Fit:
         config, (keep, _) = self.runner.config, self.keep
         group = config.num_attention_heads // config.num_key_value_heads
         size = group * config.head_dim                                      # rows of one KV head
-        W = wide[O_PROJ].double().T.to(self.runner.device)                  # (H*D, C)
+        W = wide[O_PROJ].to(self.runner.device).double().T                  # (H*D, C)
         features = head_features(wide, self.runner)
         if "eliminate" in self.parts:
             B, factor, pull = self.regression(features, few(xs), few(target), "head")
@@ -442,7 +445,7 @@ class Fit:
         After an elimination these rows are fitted to the target.
         """
         _, keep = self.keep
-        W = wide[DOWN_PROJ].double().T.to(self.runner.device)               # (F, C)
+        W = wide[DOWN_PROJ].to(self.runner.device).double().T               # (F, C)
         squares = mean_squares(self.runner, few(xs, ENOUGH), channel_features(wide, self.runner))
         check_finite({"the channel statistics": squares}, FIT)
         compared = min(int(SHORTLIST * keep), len(W)) if "eliminate" in self.parts else keep
@@ -502,6 +505,21 @@ def refit_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner, ri
 
 # ---- the command
 
+def fitting(config: Config, samples: int, length: int, itemsize: int, width: int) -> dict[str, int]:
+    """Return what memory it takes to fit a group of `width` blocks, see console/forecast.py.
+
+    Two streams and, in float32, what is missing; a few windows of what enters and leaves each
+    member's attention. The channels are solved for in float64, which needs two matrices; before
+    that the attention patterns of one window are held twice.
+    """
+    kept = min(int(SHORTLIST * config.intermediate_size), width * config.intermediate_size)
+    patterns = 2 * config.num_attention_heads * length ** 2 * max(itemsize, 4)
+    windows = stream(config, min(FEW, samples), length, itemsize)
+    parts = flattening(config, samples, length, itemsize, width)
+    parts["streams"] = 2 * parts["streams"] + stream(config, samples, length, max(itemsize, 4))
+    return parts | {"a few windows": 2 * width * windows, "solve": max(16 * kept ** 2, patterns)}
+
+
 def parse_args() -> argparse.Namespace:
     parser = console.parser("Flatten a model and fit each merged block to the dense model.",
                             __doc__)
@@ -520,6 +538,9 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     by_damage = args.group_by == "damage"
     merges = plan(source, args, "refit", RIDGE, LARGEST if by_damage else None)
+    if args.dry_run:
+        trials = args.max_group - 1 if by_damage else 0  # a pass for each size of group
+        return foretell(source, args, merges, fitting, passes=2 + trials)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, name = read_tokens(source.path, args)            # (N, T)
         runner = start_runner(source, args, name)

@@ -97,36 +97,34 @@ def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
     much the quadratic grows, even though all other rows adapt. V and P are those of `remove`, and
     are changed in place.
     """
-    left = list(range(len(V) // size))
+    left = torch.arange(len(V), device=V.device).view(-1, size)  # the rows of each unit
     while len(left) > keep:
-        costs = []
-        for unit in left:
-            rows = slice(unit * size, (unit + 1) * size)
-            costs.append(float((V[rows] * torch.linalg.solve(P[rows, rows], V[rows])).sum()))
-        unit = left.pop(costs.index(min(costs)))
-        remove(V, P, torch.arange(unit * size, (unit + 1) * size, device=V.device))
-    return torch.tensor(left)
+        P_own = P[left[:, :, None], left[:, None, :]]            # (units, size, size)
+        costs = (V[left] * torch.linalg.solve(P_own, V[left])).sum((1, 2))
+        unit = int(costs.argmin())
+        remove(V, P, left[unit])
+        left = torch.cat([left[:unit], left[unit + 1:]])
+    return left[:, 0].cpu() // size
 
 
-def cheapest(V: Tensor, P: Tensor, count: int) -> list[int]:
+def cheapest(V: Tensor, P: Tensor, count: int) -> Tensor:
     """Return the first `count` rows that go if rows of V (n, C) are removed one after the other.
 
     The rule is exact: the row of least |V_i|^2 / P_ii goes, all others adapt, and so on. V and P
     (n, n) stay as they are. Instead of V, its products M = V V^T (n, n) are followed, because the
     costs need nothing else.
     """
-    M, rows = V @ V.T, []
+    M, rows = V @ V.T, torch.arange(0, device=V.device)
     for _ in range(count):
-        cost = M.diagonal() / P.diagonal()
-        cost[rows] = torch.inf  # gone already
-        i = int(cost.argmin())
-        rows.append(i)
+        cost = (M.diagonal() / P.diagonal()).index_fill_(0, rows, torch.inf)  # gone already
+        i = cost.argmin(keepdim=True)  # (1,) on the device, which need not wait for us to read it
+        rows = torch.cat([rows, i])
         # As row i goes, V becomes V - share V_i (see remove). P changes likewise, and so does
         # M = V V^T, first on its left, then on its right.
-        share = P[:, i] / P[i, i]
-        P = P - torch.outer(share, P[i])
-        M = M - torch.outer(share, M[i])
-        M = M - torch.outer(M[:, i], share)
+        share = P[:, i] / P[i, i]                                           # (n, 1)
+        P = P - share * P[i]
+        M = M - share * M[i]
+        M = M - M[:, i] * share.T
     return rows
 
 

@@ -209,7 +209,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     import transformers
-    device = torch.cuda.get_device_name() if args.device == "cuda" else \
+    on_gpu = torch.device(args.device).type == "cuda"
+    device = torch.cuda.get_device_name(args.device) if on_gpu else \
         f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}, {platform.machine()}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}; {args.samples} x {args.length} tokens, "

@@ -220,7 +220,7 @@ def prepare(source: Checkpoint, args: argparse.Namespace) -> Bench:
             raise ValueError(f"two texts are called {title}; rename one")
         windows = windows_of(torch.tensor(tokenizer.encode(other)), args.length)
         judged[title] = spread(windows, args.windows)
-    dtype = compute_dtype(args.dtype, args.device, source.dtype)
+    dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     runner = Runner(source.config, args.length, args.device, dtype)
     return Bench(source, names, ids, judged, args.samples, args.trials, runner)
 
@@ -251,7 +251,8 @@ def title_of(bench: Bench, rows: list[dict]) -> str:
     """Return one line that says what was measured, on what, and at which commits."""
     judged = ", ".join(f"{len(windows)} windows of {bench.length} of {name}"
                        for name, windows in bench.judged.items())
-    gpu = f", {torch.cuda.get_device_name()}" if bench.runner.device.type == "cuda" else ""
+    device = bench.runner.device
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return (f"{bench.source.name}, calibrated on {bench.samples} x {bench.length} tokens of "
             f"{bench.calibration}, judged on {judged}; "
             f"{str(bench.runner.dtype).removeprefix('torch.')}, "

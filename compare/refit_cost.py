@@ -2,7 +2,7 @@
 
 One pair of blocks is merged both ways, side by side, and one other block is measured and run. The
 fit runs the members beside the merged block, and compares n = 1.5 F channels in full. That takes
-1.6 to 1.8 n^3 flops in float64 and three matrices of n^2 numbers, however much text there is. So
+1.6 to 1.8 n^3 flops in float64 and two matrices of n^2 numbers, however much text there is. So
 the fit's share falls with more text.
 
 The time of the whole run at --ratio is put together from these parts. Both methods measure every
@@ -26,7 +26,7 @@ from torch import Tensor
 
 import console
 from beyond.refit import Fit
-from calibrate import cosine_sums, observe
+from calibrate import observe
 from checkpoint.config import Config
 from checkpoint.reader import Weights
 from compare.speed import SHAPES, shape_config
@@ -54,16 +54,12 @@ class Pair:
 
 @torch.inference_mode()
 def look(runner: Runner, weights: Weights, xs: Tensor) -> None:
-    """Do what the measuring pass does for one block.
-
-    Run it, and compare its input with another stream.
-    """
+    """Do what the measuring pass does for one block: run it, and look at what it adds."""
     block, ys = runner.block(weights), torch.empty_like(xs)
     for rows in batches(xs):
         x = xs[rows].to(runner.device)
         y, _ = observe(block, x, runner.rope)
         ys[rows] = y.to(ys.device)
-        cosine_sums([x, y])
 
 
 def parse_args() -> argparse.Namespace:
@@ -88,7 +84,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    config, dtype = shape_config(args.shape), compute_dtype(args.dtype, args.device, torch.float32)
+    config = shape_config(args.shape)
+    dtype = compute_dtype(args.dtype, args.device, torch.float32, solves=True)
     pairs, pair = merges_for_ratio(config, args.ratio, 2), Pair(config)
     runner = Runner(config, args.length, args.device, dtype)
     shape, generator = (args.samples, args.length, config.hidden_size), torch.Generator()

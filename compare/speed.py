@@ -72,11 +72,12 @@ def shallower(net: Transformer, blocks: int) -> Transformer:
 def elapsed(work: Callable, device: str) -> float:
     """Return the seconds that work() takes: between CUDA events on a GPU, by the clock on a CPU."""
     if torch.device(device).type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
+        with torch.cuda.device(device):  # events belong to the device in use
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
     start = time.perf_counter()
     work()

@@ -32,7 +32,7 @@ def losses(V: Tensor, factor: Tensor, size: int) -> Tensor:
     This is 1/2 tr(V_j^T [P_jj]^-1 V_j) with P = H_KK^-1, for V and `factor` from `restricted`.
     """
     if size == 1:
-        return V.square().sum(1) / inverse_diagonal(factor) / 2
+        return V.square().sum(1) / inverse_diagonal(factor.clone()) / 2
     P, V = torch.cholesky_inverse(factor), V.unflatten(0, (-1, size))       # V (units, size, C)
     own = torch.arange(len(P), device=P.device).view(-1, size)
     P_own = P[own[:, :, None], own[:, None, :]]                             # (units, size, size)

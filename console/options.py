@@ -62,13 +62,15 @@ def defaults(args: argparse.Namespace, preferred: dict | None = None) -> None:
                          f"got {args.samples} and {args.length}")
 
 
-def compute_dtype(name: str | None, device: str, stored: torch.dtype) -> torch.dtype:
+def compute_dtype(name: str | None, device: str, stored: torch.dtype,
+                  solves: bool = False) -> torch.dtype:
     """Return the dtype to compute in: the named one, else the stored one, on a CPU float32.
 
-    ValueError for a device that cannot be used.
+    ValueError for a device that cannot be used. `solves`: the command solves equations there, which
+    takes float64. A device without it, such as mps, can still evaluate.
     """
     try:
-        float(torch.ones(1, device=device, dtype=torch.float64))  # float64 is for the solves
+        float(torch.ones(1, device=device, dtype=torch.float64 if solves else torch.float32))
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason})") from None

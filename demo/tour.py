@@ -83,7 +83,7 @@ def main() -> None:
     args = parse_args()
     source, tokenizer = Checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     tokens, text = read_tokens(BUNDLED, args)
-    dtype = compute_dtype(args.dtype, args.device, source.dtype)
+    dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     runner = Runner(source.config, args.length, args.device, dtype)
     groups, models = variants(source, args.ratio, args.max_group, args.ridge, tokens, runner)
     judged, name = held_out_text(args.data)

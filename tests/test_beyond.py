@@ -148,7 +148,7 @@ def test_the_cheapest_rows_are_those_that_go_one_after_the_other():
     _, _, W, A, B = problem(n=9)
     V, P = fit(W, A, B, 0.1), inverse(A, 0.1)
     before = V.clone(), P.clone()
-    rows = regression.cheapest(V, P, 6)
+    rows = regression.cheapest(V, P, 6).tolist()
     assert torch.equal(V, before[0]) and torch.equal(P, before[1])
     for i in rows:
         cost = V.square().sum(1) / P.diagonal()

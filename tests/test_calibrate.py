@@ -4,8 +4,16 @@ import tiny
 import torch
 from torch.testing import assert_close
 
+import calibrate
 import model
-from calibrate import calibration_tokens, cosine_sums, measure, mixed_tokens
+from calibrate import (
+    calibration_tokens,
+    cosine_sums,
+    mean_cosines,
+    measure,
+    mixed_tokens,
+    spread,
+)
 from checkpoint.reader import Checkpoint
 from model import Block, embed, load
 from prune import channel_covariance, head_sizes
@@ -106,6 +114,45 @@ def test_similarity_does_not_depend_on_how_the_text_is_cut(ckpt, monkeypatch):
     small = measure(source, tokens, run)
     for name in ("similarity", "variance", "attention", "mlp"):
         assert_close(getattr(small, name), getattr(whole, name), atol=1e-6, rtol=1e-5)
+
+
+def test_a_sample_has_one_token_of_each_stretch_at_any_position_of_a_window():
+    n, length = calibrate.SAMPLE, 256
+    places = spread(8 * n)
+    assert torch.equal(places // 8, torch.arange(n))
+    counts = (places % length).bincount(minlength=length)
+    assert counts.max() < n / 16  # a fixed step would meet 32 positions only
+    assert torch.equal(spread(n - 5), torch.arange(n - 5))
+
+
+def test_distant_streams_are_compared_on_the_sample_and_neighbours_on_all_tokens(ckpt, monkeypatch):
+    tokens, source = random_tokens(13, 16), Checkpoint(ckpt)
+    run, net = tiny.runner(source.config, 16, torch.float32), load(ckpt)
+    streams = [net.model["embed_tokens"](tokens)]
+    with torch.no_grad():
+        for block in net.model["layers"]:
+            streams.append(block(streams[-1], run.rope))
+    whole = measure(source, tokens, run)
+    monkeypatch.setattr(calibrate, "SAMPLE", 50)
+    part = measure(source, tokens, run)
+    sampled = cosine_sums([x.flatten(0, 1)[spread(13 * 16)] for x in streams]).double() / 50
+    for i in range(6):
+        for j in range(6):
+            expected = whole.similarity if abs(i - j) == 1 else sampled
+            assert float(part.similarity[i, j]) == pytest.approx(float(expected[i, j]), abs=1e-6)
+    assert float((sampled - whole.similarity).abs().max()) > 1e-3
+    for name in ("variance", "attention", "mlp"):
+        assert_close(getattr(part, name), getattr(whole, name), atol=1e-6, rtol=1e-5)
+
+
+def test_the_error_of_a_cosine_is_that_of_a_mean_over_pieces(monkeypatch):
+    """Two pieces of two tokens, with cosines 1 and 0: their mean is 0.5 with an error of 0.5."""
+    monkeypatch.setattr(calibrate, "PIECES", 2)
+    x = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
+    y = torch.tensor([[2.0, 0], [0, 3], [0, 1], [1, 0]])
+    mean, error = mean_cosines([x, y], torch.device("cpu"))
+    assert_close(mean, torch.tensor([[1, 0.5], [0.5, 1]]).double())
+    assert_close(error, torch.tensor([[0, 0.5], [0.5, 0]]).double())
 
 
 def test_relative_norms_are_those_of_the_parts(ckpt):

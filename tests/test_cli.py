@@ -375,6 +375,47 @@ def test_two_passes_over_the_text_and_one_block_in_memory(tmp_path, run, monkeyp
     assert max(alive) <= 2  # the one that runs, and the one before it until its name is taken
 
 
+@pytest.mark.parametrize("script, options, passes", [
+    (flatten, [], 2), (flatten, ["--keep-wide"], 2), (refit, [], 2),
+    (refit, ["--group-by", "damage"], 4)])
+def test_every_block_is_read_once_in_each_pass(tmp_path, run, monkeypatch, script, options, passes):
+    """S takes a pass, and so does merging; trial merges take one for each size of group.
+
+    The record's digest of the model reads the first and the last block once more.
+    """
+    path, reads, read = tiny.checkpoint(tmp_path / "m"), [], Checkpoint.block
+    monkeypatch.setattr(Checkpoint, "block", lambda self, i: reads.append(i) or read(self, i))
+    monkeypatch.setattr(model, "BATCH_TOKENS", 16)
+    run(script.main, "--ckpt", path, "--ratio", 0.25, "--out", tmp_path / "out", "--samples", 8,
+        "--length", 16, "--no-eval", *options)
+    assert [reads.count(i) for i in range(5)] == [passes + 1, *[passes] * 3, passes + 1]
+
+
+@pytest.mark.parametrize("script, options, works", [
+    (evaluate, ["--window", 16, "--max-windows", 2], True), (calibrate, SHORT[:4], True),
+    (flatten, SHORT, False), (refit, SHORT, False)])
+def test_only_what_solves_equations_needs_float64_of_the_device(ckpt, tmp_path, text_file, cli,
+                                                                 monkeypatch, script, options,
+                                                                 works):
+    """A device without float64, such as mps, can evaluate; the rest is refused in one line."""
+    def ones(*size, dtype=None, **options):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a tensor to float64")
+        return torch.full(size, 1, dtype=dtype, **options)
+    monkeypatch.setattr(torch, "ones", ones)
+    out = [] if script is evaluate else ["--out", tmp_path / "out"]
+    code, _, err = cli(script.main, "--ckpt", ckpt, "--data", text_file, *options, *out)
+    assert (code == 0) if works else (code == 2 and "float64" in err and err.count("\n") == 1)
+
+
+def test_streamed_evaluation_reads_every_block_once(ckpt, text_file, cli, monkeypatch):
+    reads, read = [], Checkpoint.block
+    monkeypatch.setattr(Checkpoint, "block", lambda self, i: reads.append(i) or read(self, i))
+    monkeypatch.setattr(model, "BATCH_TOKENS", 16)
+    cli(evaluate.main, "--ckpt", ckpt, "--data", text_file, "--window", 16, "--stream")
+    assert reads == list(range(5))
+
+
 @pytest.mark.parametrize("script, options", [
     (flatten, []), (refit, []), (flatten, ["--keep-wide"])])
 def test_streams_end_with_the_last_joined_blocks(tmp_path, run, monkeypatch, script, options):

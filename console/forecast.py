@@ -1,0 +1,41 @@
+"""What a run will take, computed before it starts: the formulas of docs/large-models.md.
+
+All sizes are in bytes. `itemsize` is that of the dtype in which the run computes.
+"""
+from checkpoint.config import Config
+
+
+def stream(config: Config, samples: int, length: int, itemsize: int = 4) -> int:
+    """Return the size of one stream of all windows, N T C numbers."""
+    return samples * length * config.hidden_size * itemsize
+
+
+def measuring(config: Config, samples: int, length: int, itemsize: int,
+              sample: int) -> dict[str, int]:
+    """Return what the first pass holds, with `sample` tokens of each of the L + 1 streams."""
+    kept = (config.num_hidden_layers + 1) * min(sample, samples * length)
+    return {"streams": stream(config, samples, length, itemsize),
+            "sample": kept * config.hidden_size * itemsize}
+
+
+def flattening(config: Config, samples: int, length: int, itemsize: int,
+               width: int) -> dict[str, int]:
+    """Return what it takes to flatten a group of `width` blocks."""
+    return {"streams": stream(config, samples, length, itemsize),
+            "wide block": width * config.block_parameters() * itemsize}
+
+
+def pruning(config: Config, samples: int, length: int, itemsize: int, width: int) -> dict[str, int]:
+    """Return what it takes to flatten and prune a group of `width` blocks.
+
+    C is in float32 over all channels of the group, and one such matrix is solved in float64.
+    """
+    numbers = (width * config.intermediate_size) ** 2
+    return flattening(config, samples, length, itemsize, width) | {
+        "statistics": 4 * numbers, "solve": 8 * numbers}
+
+
+def row(what: str, parts: dict[str, int]) -> str:
+    """Word the sum of the parts, and the parts."""
+    each = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    return f"memory, {what:12s} {sum(parts.values()) / 1e6:9,.0f} MB   ({each})"

@@ -1,0 +1,66 @@
+"""What --dry-run says: computed by hand for LLaMA-2-7B, and for what a run then makes."""
+import pytest
+import tiny
+
+import flatten
+from beyond import refit
+from calibrate import SAMPLE
+from checkpoint.reader import Checkpoint
+from console import forecast
+
+LLAMA2_7B = tiny.config(model_type="llama", hidden_size=4096, intermediate_size=11008,
+                        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+                        vocab_size=32000, head_dim=128)
+PAPER = LLAMA2_7B, 128, 2048, 2  # windows of tokens, in bfloat16
+
+
+def test_the_memory_of_the_first_pass_written_out():
+    assert forecast.measuring(*PAPER, sample=2048) == {
+        "streams": 2_147_483_648,                                     # 128 * 2048 * 4096 * 2
+        "sample": 553_648_128}                                        # 33 * 2048 * 4096 * 2
+    few = forecast.measuring(LLAMA2_7B, 2, 100, 2, sample=2048)
+    assert few["sample"] == 54_067_200                                # 33 * 200 * 4096 * 2
+
+
+def test_the_memory_of_pruning_written_out():
+    assert forecast.pruning(*PAPER, width=2) == {
+        "streams": 2_147_483_648,
+        "wide block": 809_533_440,                                    # 2 * 202,383,360 * 2
+        "statistics": 1_938_817_024,                                  # 22016^2 * 4
+        "solve": 3_877_634_048}                                       # 22016^2 * 8
+    assert forecast.pruning(*PAPER, width=4)["solve"] == 15_510_536_192
+
+
+def test_the_memory_of_the_fit_written_out():
+    assert refit.fitting(*PAPER, width=2) == {
+        "streams": 8_589_934_592,                                     # two, and one in float32
+        "wide block": 809_533_440,
+        "a few windows": 2_147_483_648,                               # 2 * 2 * 32 * 2048 * 4096 * 2
+        "solve": 4_362_338_304}                                       # 2 * 16512^2 * 8
+    assert refit.fitting(LLAMA2_7B, 128, 8192, 2, 2)["solve"] == 17_179_869_184  # 2 * 32 * 2^26 * 4
+
+
+@pytest.mark.parametrize("script, options, passes", [
+    (flatten, [], 2), (refit, [], 2), (refit, ["--group-by", "damage"], 4)])
+def test_a_dry_run_tells_what_the_run_makes_and_reads_and_writes_nothing(
+        ckpt, text_file, tmp_path, cli, monkeypatch, script, options, passes):
+    arguments = ["--ckpt", ckpt, "--data", text_file, "--ratio", 0.25, "--samples", 8, "--length",
+                 32, "--out", tmp_path / "out", *options]
+    with monkeypatch.context() as patched:
+        for module, name in ((script, "read_tokens"), (flatten, "held_out_text"),
+                             (Checkpoint, "_read")):
+            patched.setattr(module, name, lambda *args: pytest.fail("read"))
+        code, told, _ = cli(script.main, *arguments, "--dry-run")
+    assert code == 0 and not (tmp_path / "out").exists()
+    code, printed, _ = cli(script.main, *arguments, "--no-eval")
+    blocks, sizes = printed[printed.index("wrote"):].split(": ", 1)[1].split(" blocks, ")
+    assert code == 0 and f"-> {blocks} blocks, {sizes.strip()}" in told
+    assert f"{passes} passes of at most 8 x 32 tokens" in told
+    streams = sum(forecast.measuring(Checkpoint(ckpt).config, 8, 32, 4, SAMPLE).values())
+    assert f"{streams / 1e6:,.0f} MB" in told and told.count("memory, ") == 3
+
+
+def test_a_dry_run_that_only_flattens_removes_no_parameter(ckpt, cli):
+    code, told, _ = cli(flatten.main, "--ckpt", ckpt, "--keep-wide", "--dry-run")
+    before, after = told.split(" blocks, ")[1].split(" parameters")[0].split(" -> ")
+    assert code == 0 and before == after and "solve" not in told
