@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-POINTS = 10  # for each exercise
+POINTS = 10   # for each exercise
+SECONDS = 60  # within which the tests of an ordinary exercise must end
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Exercise:
     file: str                # of the project, and of a submission
     function: str            # "name" or "Class.name"
     test_file: str
-    tests: tuple[str, ...]
+    tests: tuple[str, ...]   # each is worth the same
+    seconds: int = SECONDS   # within which the tests must end
 
 
 EXERCISES = [
@@ -31,7 +33,7 @@ EXERCISES = [
         "test_cosine_sums_of_two_streams_written_out")),
     Exercise(4, "flatten.py", "select_groups", "tests/test_flatten.py", (
         "test_the_worked_example_of_greedy_grouping",
-        "test_comparing_ends_is_deleting_a_row_and_a_column")),
+        "test_each_merge_joins_the_neighbours_whose_ends_are_most_alike")),
     Exercise(5, "flatten.py", "flatten_blocks", "tests/test_flatten.py", (
         "test_a_flattened_block_is_the_sum_of_its_members_for_any_input",
         "test_flattened_shapes_are_those_of_a_wide_block",
@@ -46,12 +48,13 @@ EXERCISES = [
     Exercise(9, "prune.py", "prune_attention", "tests/test_prune.py", (
         "test_kept_queries_still_meet_their_keys",)),
     Exercise(10, "prune.py", "ridge_leverage", "tests/test_prune.py", (
-        "test_leverage_is_the_diagonal_of_its_definition",
+        "test_leverage_of_two_channels_in_numbers",
+        "test_leverage_is_the_weight_of_a_channel_in_its_own_regression",
         "test_leverage_lies_in_0_to_1_and_sums_to_the_effective_dimension")),
     Exercise(11, "prune.py", "nystrom_down", "tests/test_prune.py", (
         "test_keeping_every_channel_is_the_identity",
-        "test_compensation_is_the_ridge_least_squares_optimum",
-        "test_dropping_one_of_two_equal_channels_adds_their_rows")),
+        "test_dropping_one_of_two_equal_channels_adds_their_rows",
+        "test_compensation_is_the_ridge_least_squares_optimum")),
     Exercise(12, "evaluate.py", "window_losses", "tests/test_evaluate.py", (
         "test_losses_in_pieces_are_the_mean_over_the_window",)),
     Exercise(13, "evaluate.py", "losses_streamed", "tests/test_evaluate.py", (
@@ -89,6 +92,8 @@ def body_lines(source: str, function: str) -> tuple[int, int]:
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     if not body:
         raise ValueError(f"{function} has no body")
+    if body[0].lineno == node.lineno:
+        raise ValueError(f"{function}: write the body on lines of its own, below the def")
     return body[0].lineno - 1, body[-1].end_lineno
 
 
@@ -99,7 +104,16 @@ def get_body(source: str, function: str) -> str:
 
 
 def set_body(source: str, function: str, body: str) -> str:
-    """Return a file's text with another body for a function; the docstring stays."""
+    """Return a file's text with another body for a function; the docstring stays.
+
+    ValueError if the body does not fit there.
+    """
     first, last = body_lines(source, function)
     lines = source.split("\n")
-    return "\n".join([*lines[:first], body, *lines[last:]])
+    changed = "\n".join([*lines[:first], body, *lines[last:]])
+    try:
+        ast.parse(changed)
+    except SyntaxError as error:
+        raise ValueError(f"the body of {function} does not fit below its docstring: {error.msg}; "
+                         "indent it by four spaces a level") from None
+    return changed

@@ -20,7 +20,7 @@ def handout(out: Path) -> None:
         raise ValueError(f"{out} exists already; choose another folder")
     if ROOT.resolve() in out.resolve().parents:
         raise ValueError(f"{out} is inside the project; choose a folder outside it")
-    shutil.copytree(ROOT, out, ignore=lambda folder, names: LEFT_OUT.intersection(names))
+    shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for exercise in EXERCISES:
         path = out / exercise.file
         empty = f'    raise NotImplementedError("exercise {exercise.number}")'

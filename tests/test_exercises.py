@@ -1,4 +1,6 @@
 """The handout is empty where it should be, and the grader gives each function its points."""
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import pytest
 
 from course.exercises import EXERCISES, ROOT, get_body, set_body
+from course.grade import grade
 from course.grade import main as grade_main
 from course.handout import handout
 
@@ -59,24 +62,87 @@ def test_the_handout_holds_no_solution_and_no_history(student):
         assert (student / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
 
-def test_wrong_and_endless_functions_lose_only_their_own_points(tmp_path, cli):
-    """One is wrong, one never ends, one is right, and one is in a file that is no Python."""
-    submission = tmp_path / "submission"
+HOSTILE = {  # function: (its points, words of the remark, its body); ORIGINAL is the right body
+    "select_groups": (0, "not valid Python", None),
+    "query_heads_of": (0, "expected: int64 (2,) [0, 3]\n    came:     int64 (2,) [0, 0]", """
+    from pathlib import Path
+    for path in [Path("evaluate.py"), Path("prune.py"), *Path("tests").glob("*.py")]:
+        path.write_text("raise SystemExit")
+    return torch.arange(n_rep).repeat(len(kv_heads))"""),
+    "head_importance": (10, "", """
+    import subprocess
+    for _ in range(200):
+        print("x" * 100_000)
+    with open(PIDS, "a") as file:
+        file.write(str(subprocess.Popen(["sleep", "1000"]).pid) + " ")
+    ORIGINAL"""),
+    "prune_attention": (0, "too large", """
+    raise ValueError("y" * 2_000_000)"""),
+    "ridge_leverage": (0, "stopped after", """
+    while True:
+        pass"""),
+    "nystrom_down": (3, "at: return W[:, kept].double()", """
+    if len(keep) == W.shape[1]:
+        return W.double()
+    return W[:, kept].double()"""),
+    "window_losses": (0, "left no report", """
+    import os
+    import shutil
+    shutil.rmtree(os.getcwd())
+    os._exit(0)"""),
+}
+
+
+def test_whatever_a_function_does_it_loses_only_its_own_points(tmp_path, cli):
+    """It edits other files, hangs, starts processes, prints megabytes, or deletes the folder."""
+    submission, pids = tmp_path / "submission", tmp_path / "pids"
     submission.mkdir()
-    shutil.copy(ROOT / "prune.py", submission)
-    change_body(submission / "prune.py", "query_heads_of",
-                "    return torch.arange(n_rep).repeat(len(kv_heads))")
-    change_body(submission / "prune.py", "ridge_leverage", "    while True:\n        pass")
-    (submission / "flatten.py").write_text("def select_groups(:")
-    expected = {"query_heads_of": 0, "ridge_leverage": 0, "head_importance": 10, "select_groups": 0}
-    number_of = {exercise.function: exercise.number for exercise in EXERCISES}
-    numbers = [number_of[function] for function in expected]
-    code, out, _ = cli(grade_main, submission, "--only", *numbers, "--seconds", 15)
-    assert code == 0 and "no sandbox" in out and "total: 10 of 40 points" in out
-    assert "stopped after 15 s" in out and "not valid Python" in out
+    exercises = {exercise.function: exercise for exercise in EXERCISES}
+    for function, (_, _, body) in HOSTILE.items():
+        exercise = exercises[function]
+        path = submission / exercise.file
+        if not path.exists():
+            shutil.copy(ROOT / exercise.file, path)
+        if body is None:
+            path.write_text(f"def {function}(:")
+        else:
+            body = body.replace("    ORIGINAL", body_of(ROOT, exercise)).replace(
+                "PIDS", repr(str(pids)))
+            change_body(path, function, body)
+    numbers = {exercises[function].number: points for function, (points, *_) in HOSTILE.items()}
+    code, out, _ = cli(grade_main, submission, "--only", *numbers, "--seconds", 15, "--jobs", 2,
+                       "--json", tmp_path / "results.json", "--at-least", 14)
+    assert code == 1 and "no sandbox" in out and "total: 13 of 70 points" in out, out
     rows = re.findall(r"^\| (\d+) \| .* \| (\d+) / 10", out, re.MULTILINE)
-    points = {int(number): int(points) for number, points in rows}
-    assert points == dict(zip(numbers, expected.values(), strict=True))
+    assert {int(number): int(points) for number, points in rows} == numbers, out
+    for _, words, _ in HOSTILE.values():
+        assert words in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["score"] == 13 and len(out) < 10_000
+    for test in results["tests"]:
+        points, words, _ = HOSTILE[test["name"]]
+        assert test["score"] == points and test["max_score"] == 10 and words in test["output"]
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--only", 99], "no exercise 99"), (["--jobs", 0], "--jobs"), ([], "the grader needs pytest")])
+def test_what_the_grader_cannot_do_is_one_line(tmp_path, cli, monkeypatch, options, words):
+    monkeypatch.setitem(sys.modules, "pytest", None)  # as if it were not installed
+    code, out, err = cli(grade_main, tmp_path, *options)
+    assert code == 2 and words in err and err.count("\n") == 1 and not out
+
+
+def test_a_body_that_does_not_fit_is_named_before_any_test_runs(tmp_path):
+    exercise = next(exercise for exercise in EXERCISES if exercise.function == "query_heads_of")
+    for source, words in (("def query_heads_of(a, b):\n  return a\n", "indent it by four spaces"),
+                          ("def query_heads_of(a, b): return a\n", "on lines of its own"),
+                          ("x = 1\n", "no query_heads_of")):
+        (tmp_path / "prune.py").write_text(source)
+        problem, = grade(tmp_path, exercise, seconds=0).values()
+        assert words in problem
 
 
 def test_the_handout_overwrites_nothing(tmp_path):
