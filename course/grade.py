@@ -11,14 +11,10 @@ passes is worth its share of the exercise's points.
 This runs the submission's code with your rights. Tests have a time limit, but this is NO SANDBOX:
 grade strangers' code in a container, or on a machine that holds nothing of value.
 """
-import contextlib
 import importlib.util
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -29,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a file that is run finds its own folder only
 
 import console
+from course import process
 from course.exercises import EXERCISES, POINTS, ROOT, SECONDS, Exercise, get_body, set_body
 from course.handout import LEFT_OUT
 
@@ -64,16 +61,7 @@ def run_tests(folder: Path, exercise: Exercise, seconds: float) -> Problems:
                                                  for test in exercise.tests),
                f"--junitxml={report}", f"--basetemp={folder.parent / 'tmp'}", "--tb=short",
                "-p", "no:cacheprovider", "-s"]  # -s: nothing printed is kept
-    process = subprocess.Popen(command, cwd=folder, start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"},  # --jobs share the cores
-                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"stopped after {seconds:.0f} s") from None
-    finally:
-        end(process)
+    process.run(command, seconds, {"OMP_NUM_THREADS": "1"}, folder)  # --jobs share the cores
     try:
         if report.stat().st_size > LARGEST_REPORT:
             raise ValueError("an error message is too large to be read")
@@ -81,16 +69,6 @@ def run_tests(folder: Path, exercise: Exercise, seconds: float) -> Problems:
     except (OSError, ElementTree.ParseError):
         raise ValueError("the tests left no report: the function ended the process or deleted "
                          "its folder") from None
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a process, and whatever it has started in its session."""
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    else:  # Windows has no sessions
-        process.kill()
-    process.wait()
 
 
 def read_report(report: Path, exercise: Exercise) -> Problems:
@@ -116,7 +94,8 @@ def problem(case: ElementTree.Element, exercise: Exercise) -> str:
         found = case.find(kind)
         if found is not None:
             message = found.get("message", kind).removeprefix("AssertionError: ")
-            lines = [line[:WIDTH] for line in message.splitlines() if line.strip()][:LINES]
+            message = re.split(r"\n(?:assert |\[\+)", message)[0]  # what pytest adds to a message
+            lines = [line.strip()[:WIDTH] for line in message.splitlines() if line.strip()][:LINES]
             # In pytest's short form: the file, the line's number, "in" the function; then the line.
             here = rf"^{re.escape(exercise.file)}:\d+: in \w+\n +(.*)"
             if at := re.findall(here, found.text or "", re.MULTILINE):

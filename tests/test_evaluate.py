@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+from checkpoint.reader import Checkpoint
 from evaluate import main, perplexity, window_losses, windows_of
 from text.tokenizer import load_tokenizer
 from text.wikitext import evaluation_text
@@ -81,6 +82,16 @@ def test_perplexity_equals_the_plain_loop_streamed_or_not(tmp_path, window, chan
     tiny.expect("windows", n, scores[0].windows)
     tiny.expect("perplexity, one block in memory", scores[0].perplexity, scores[1].perplexity,
                 rtol=0, atol=0)
+
+
+def test_streamed_losses_read_each_block_once(ckpt, monkeypatch):
+    source, read = Checkpoint(ckpt), []
+    block = source.block
+    monkeypatch.setattr(source, "block", lambda i: read.append(i) or block(i))
+    windows = torch.randint(3, 300, (4, 50), generator=torch.Generator().manual_seed(0))
+    losses = evaluate.losses_streamed(source, windows, "cpu", torch.float32)
+    tiny.expect("the shape of the losses of 4 windows", (4,), tuple(losses.shape))
+    tiny.expect("blocks in the order in which they are read", [0, 1, 2, 3, 4], read)
 
 
 @pytest.mark.skipif(not tiny.DATA.exists(), reason="needs the trained checkpoints and WikiText-2")

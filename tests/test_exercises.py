@@ -5,13 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from course.exercises import EXERCISES, ROOT, get_body, set_body
 from course.grade import grade
 from course.grade import main as grade_main
-from course.handout import handout
+from course.handout import FOR_TEACHERS, LEFT_OUT, handout, squeezed
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +54,40 @@ def test_every_graded_test_passes_when_the_bodies_are_put_back(student, tmp_path
 
 
 def test_the_handout_holds_no_solution_and_no_history(student):
+    """No body, no expression that gives one away, and no answer; but all other tests."""
     assert not (student / ".git").exists() and (student / "course" / "EXERCISES.md").exists()
+    assert not any((student / path).exists() for path in FOR_TEACHERS)
+    assert all((ROOT / path).exists() for path in FOR_TEACHERS)
     everything = "\n".join(path.read_text() for path in student.rglob("*.py"))
     for exercise in EXERCISES:
         assert body_of(ROOT, exercise) not in everything
         empty = f'    raise NotImplementedError("exercise {exercise.number}")'
         assert body_of(student, exercise) == empty
     for path in (ROOT / "tests").glob("*.py"):
-        assert (student / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+        name = path.relative_to(ROOT)
+        assert str(name) in FOR_TEACHERS or (student / name).read_bytes() == path.read_bytes()
+
+
+def texts_of(folder):
+    """Return the texts of a copy of the project, without blanks, under their paths in it."""
+    paths = [path for kind in ("*.py", "*.md", "*.svg", "*.ipynb", "*.toml")
+             for path in folder.rglob(kind)]
+    return {path.relative_to(folder): squeezed(path.read_text()) for path in paths
+            if not LEFT_OUT.intersection(path.relative_to(folder).parts)}
+
+
+def test_no_expression_that_gives_a_solution_away_is_left_in_the_handout(student):
+    """Each is in the project, at least one of an exercise in its solution, and none in the copy."""
+    project, copy = texts_of(ROOT), texts_of(student)
+    for exercise in EXERCISES:
+        solution = squeezed(body_of(ROOT, exercise))
+        assert any(squeezed(secret) in solution for secret in exercise.secrets)
+        for secret in map(squeezed, exercise.secrets):
+            assert any(secret in text for path, text in project.items()
+                       if path.name != "exercises.py"), secret
+            assert not [path for path, text in copy.items() if secret in text], secret
+    leverage = (student / "prune.py").read_text()
+    assert "(left out: exercise 10)" in leverage and "(left out: exercise 11)" in leverage
 
 
 HOSTILE = {  # function: (its points, words of the remark, its body); ORIGINAL is the right body
@@ -78,7 +106,7 @@ HOSTILE = {  # function: (its points, words of the remark, its body); ORIGINAL i
     ORIGINAL"""),
     "prune_attention": (0, "too large", """
     raise ValueError("y" * 2_000_000)"""),
-    "ridge_leverage": (0, "stopped after", """
+    "ridge_leverage": (0, "stopped after 10 s", """
     while True:
         pass"""),
     "nystrom_down": (3, "at: return W[:, kept].double()", """
@@ -93,8 +121,11 @@ HOSTILE = {  # function: (its points, words of the remark, its body); ORIGINAL i
 }
 
 
-def test_whatever_a_function_does_it_loses_only_its_own_points(tmp_path, cli):
+def test_whatever_a_function_does_it_loses_only_its_own_points(tmp_path, cli, monkeypatch):
     """It edits other files, hangs, starts processes, prints megabytes, or deletes the folder."""
+    patient = [replace(exercise, seconds=10 if exercise.function == "ridge_leverage" else 300)
+               for exercise in EXERCISES]
+    monkeypatch.setattr("course.grade.EXERCISES", patient)
     submission, pids = tmp_path / "submission", tmp_path / "pids"
     submission.mkdir()
     exercises = {exercise.function: exercise for exercise in EXERCISES}
@@ -110,8 +141,8 @@ def test_whatever_a_function_does_it_loses_only_its_own_points(tmp_path, cli):
                 "PIDS", repr(str(pids)))
             change_body(path, function, body)
     numbers = {exercises[function].number: points for function, (points, *_) in HOSTILE.items()}
-    code, out, _ = cli(grade_main, submission, "--only", *numbers, "--seconds", 15, "--jobs", 2,
-                       "--json", tmp_path / "results.json", "--at-least", 14)
+    code, out, _ = cli(grade_main, submission, "--only", *numbers, "--jobs", 2, "--at-least", 14,
+                       "--json", tmp_path / "results.json")
     assert code == 1 and "no sandbox" in out and "total: 13 of 70 points" in out, out
     rows = re.findall(r"^\| (\d+) \| .* \| (\d+) / 10", out, re.MULTILINE)
     assert {int(number): int(points) for number, points in rows} == numbers, out
@@ -151,11 +182,60 @@ def test_the_handout_overwrites_nothing(tmp_path):
             handout(out)
 
 
+def section_of(document, exercise):
+    """Return the section of EXERCISES.md or ANSWERS.md about an exercise."""
+    text = (ROOT / "course" / document).read_text()
+    section, = re.findall(rf"^## {exercise.number}\. .*?(?=^## |\Z)", text,
+                          re.MULTILINE | re.DOTALL)
+    return section
+
+
 def test_the_text_names_every_exercise_its_function_and_its_tests():
-    text = (ROOT / "course" / "EXERCISES.md").read_text()
     for exercise in EXERCISES:
-        section, = re.findall(rf"^## {exercise.number}\. .*?(?=^## |\Z)", text,
-                              re.MULTILINE | re.DOTALL)
+        section = section_of("EXERCISES.md", exercise)
         assert f"`{exercise.function}`" in section and exercise.file in section
         assert all(test in section for test in exercise.tests)
-        assert "**Question.**" in section and "**Answer" in section and "minutes" in section
+        assert "**Question.**" in section and "Answer" not in section and "minutes" in section
+
+
+def test_the_answers_are_apart_with_what_wrong_ones_reveal():
+    for exercise in EXERCISES:
+        section = section_of("ANSWERS.md", exercise)
+        heading = section_of("EXERCISES.md", exercise).split("\n")[0]
+        assert section.split("\n")[0] == heading
+        assert "**Answer.**" in section and "**Often wrong.**" in section
+
+
+def block_of_teaching(start):
+    """Return a block of code of docs/teaching.md that has this line in it."""
+    blocks = re.findall(r"```\w+\n(.*?)```", (ROOT / "docs" / "teaching.md").read_text(), re.DOTALL)
+    block, = [block for block in blocks if start in block]
+    return block
+
+
+def test_the_examples_for_learning_platforms_run_as_far_as_they_go(tmp_path):
+    """Gradescope's script, and the workflow's last command, each in folders as there."""
+    folder = tmp_path / "autograder"
+    for name in ("source", "submission", "results"):
+        (folder / name).mkdir(parents=True)
+    (folder / "source" / "flattengpt").symlink_to(ROOT)
+    (folder / "submission" / "prune.py").write_text(
+        "def query_heads_of(kv_heads, n_rep):\n" +
+        get_body((ROOT / "prune.py").read_text(), "query_heads_of"))
+    script = tmp_path / "run_autograder"
+    script.write_text(block_of_teaching("results.json"))
+    python = Path(sys.executable).parent
+    environment = os.environ | {"AUTOGRADER": str(folder), "PATH": f"{python}:{os.environ['PATH']}"}
+    subprocess.run(["bash", script], env=environment, check=True, stdout=subprocess.DEVNULL)
+    results = json.loads((folder / "results" / "results.json").read_text())
+    assert results["score"] == 10 and len(results["tests"]) == len(EXERCISES)
+    assert results.keys() <= {"score", "tests"}  # names that Gradescope knows, here and in tests
+    assert {"number", "name", "score", "max_score", "output"} == set().union(*results["tests"])
+
+    workflow = block_of_teaching("runs-on")
+    command, place = re.search(r"run: (python .*)\n +working-directory: (\w+)", workflow).groups()
+    shutil.copytree(ROOT, tmp_path / place, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    (tmp_path / "submission").mkdir()
+    done = subprocess.run(command, shell=True, cwd=tmp_path / place, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "total: 0 of 140 points" in done.stdout

@@ -140,7 +140,8 @@ def test_the_worked_example_of_greedy_grouping():
 @pytest.mark.parametrize("blocks", [3, 4, 9])
 def test_each_merge_joins_the_neighbours_whose_ends_are_most_alike(blocks):
     for seed in range(20):
-        S = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        S = torch.randint(100, (blocks, blocks), generator=generator).double() / 100
         before = [[i] for i in range(blocks)]
         for merges in range(1, blocks):
             after = select_groups(S, merges, blocks)
@@ -151,8 +152,8 @@ def test_each_merge_joins_the_neighbours_whose_ends_are_most_alike(blocks):
                         [i for group in after for i in group])
             most = max(float(S[left[0], right[-1]])
                        for left, right in itertools.pairwise(before))
-            tiny.expect(f"{what}: the similarity of the ends of {joined[0]}", most,
-                        float(S[joined[0][0], joined[0][-1]]))
+            tiny.expect(f"{what}\nwith the ends of {joined[0]} as alike as any to be joined",
+                        most, float(S[joined[0][0], joined[0][-1]]))
             before = after
 
 
