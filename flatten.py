@@ -122,8 +122,9 @@ def select_groups(S: Tensor, merges: int, max_group: int) -> list[list[int]]:
 def fold_norms(block: Weights) -> Weights:
     """Move the norms' weights into the projections that read them; the norms become ones.
 
-    W diag(a) reads x/rms(x) as W reads a * x/rms(x) (paper section 3.2). The product is taken in
-    float32 or better. Biases come after it and stay; q_norm and k_norm act on heads and stay.
+    W diag(a) reads x/rms(x) as W reads a * x/rms(x).
+    See paper section 3.2. The product is taken in float32 or better. Biases come after it and stay;
+    q_norm and k_norm act on heads and stay.
     """
     folded = dict(block)
     for norm, readers in READS.items():

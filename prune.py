@@ -30,7 +30,8 @@ from model import Block, Runner, check_finite, symmetric
 def query_heads_of(kv_heads: Tensor, n_rep: int) -> Tensor:
     """Return the query heads that these KV heads serve.
 
-    KV head j serves j*n_rep .. j*n_rep + n_rep-1: the KV heads [1, 2] serve [4..11] if n_rep is 4.
+    KV head j serves j*n_rep .. j*n_rep + n_rep-1.
+    If n_rep is 4, the KV heads [1, 2] serve [4..11].
     """
     return (kv_heads[:, None] * n_rep + torch.arange(n_rep)).flatten()
 
@@ -44,7 +45,9 @@ def channels_of(heads: Tensor, head_dim: int) -> Tensor:
 
 
 def head_importance(sizes: Tensor, o_proj: Tensor, kv_heads: int) -> Tensor:
-    """Score each KV head with its query heads, (KV,): sum over their channels of E|o_c| |W_O,c|.
+    """Score each KV head together with its query heads, (KV,): how much they write.
+
+        sum over their channels c of E|o_c| |W_O,c|
 
     sizes (H*D,) is E|o_c|, with o the input of o_proj. W_O,c, row c of W_O, is column c of o_proj
     (C, H*D). Paper section 3.3. It leaves open how the vector becomes one number, and what a KV
@@ -151,10 +154,11 @@ def inverse_diagonal(factor: Tensor, columns: int = 512) -> Tensor:
 def nystrom_down(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:
     """Fold the channels that are dropped into those that are kept. Returns (d, K) in float64.
 
-        W_K + W_R C_RK (C_KK + ridge I)^-1        for W (d, F), C (F, F), keep (K,)
+        W_K + W_R C_RK (C_KK + ridge I)^-1
 
-    This W' minimises E|W' psi_K - W psi|^2 + ridge |W' - W_K|^2 (paper Lemma 3.1). So a large ridge
-    leaves W_K as it is, and keeping every channel changes nothing.
+    W is (d, F), C (F, F), keep (K,). What is returned minimises E|W' psi_K - W psi|^2 + ridge
+    |W' - W_K|^2 over W' (paper Lemma 3.1). So a large ridge leaves W_K as it is, and keeping every
+    channel changes nothing.
     """
     mask = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
     mask[keep] = False

@@ -93,9 +93,12 @@ def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
 def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
     """Remove units of `size` rows of V (n, C) until `keep` remain. Returns the units that remain.
 
-    Each time the unit goes that costs least. The cost of unit j is tr(V_j^T [P_jj]^-1 V_j): by this
-    much the quadratic grows, even though all other rows adapt. V and P are those of `remove`, and
-    are changed in place.
+    Each time the unit goes that costs least: by its cost the quadratic grows, even though all other
+    rows adapt. The cost of unit j is
+
+        tr(V_j^T [P_jj]^-1 V_j)
+
+    V and P are those of `remove`, and are changed in place.
     """
     left = torch.arange(len(V), device=V.device).view(-1, size)  # the rows of each unit
     while len(left) > keep:
@@ -110,9 +113,12 @@ def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
 def cheapest(V: Tensor, P: Tensor, count: int) -> Tensor:
     """Return the first `count` rows that go if rows of V (n, C) are removed one after the other.
 
-    The rule is exact: the row of least |V_i|^2 / P_ii goes, all others adapt, and so on. V and P
-    (n, n) stay as they are. Instead of V, its products M = V V^T (n, n) are followed, because the
-    costs need nothing else.
+    The rule is exact: the row of least cost goes, all others adapt, and so on. The cost of row i is
+
+        |V_i|^2 / P_ii
+
+    V and P (n, n) stay as they are. Instead of V, its products M = V V^T (n, n) are followed,
+    because the costs need nothing else.
     """
     M, rows = V @ V.T, torch.arange(0, device=V.device)
     for _ in range(count):

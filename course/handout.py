@@ -1,7 +1,11 @@
-"""Write the student's copy of the project: exercised functions empty, the rest intact, no history.
+"""Write the student's copy of the project: exercised functions empty, no answers, no history.
+
+Lines of documents and docstrings that give a solution away say which exercise they belong to,
+instead. What a teacher keeps (answers, grader, equations written out) is not in the copy.
 
     python course/handout.py OUT
 """
+import ast
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +16,8 @@ import console
 from course.exercises import EXERCISES, ROOT, set_body
 
 LEFT_OUT = {".git", ".venv", "out", "__pycache__", ".pytest_cache", ".ruff_cache"}
+FOR_TEACHERS = {"course/ANSWERS.md", "course/exercises.py", "course/grade.py", "course/handout.py",
+                "docs/teaching.md", "tests/test_equations.py", "tests/test_exercises.py"}
 
 
 def handout(out: Path) -> None:
@@ -20,11 +26,45 @@ def handout(out: Path) -> None:
         raise ValueError(f"{out} exists already; choose another folder")
     if ROOT.resolve() in out.resolve().parents:
         raise ValueError(f"{out} is inside the project; choose a folder outside it")
-    shutil.copytree(ROOT, out, ignore=lambda folder, names: LEFT_OUT.intersection(names))
+    shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    for name in FOR_TEACHERS:
+        (out / name).unlink()
     for exercise in EXERCISES:
         path = out / exercise.file
         empty = f'    raise NotImplementedError("exercise {exercise.number}")'
         path.write_text(set_body(path.read_text(), exercise.function, empty))
+    for path in [*out.rglob("*.py"), *out.rglob("*.md")]:
+        path.write_text(conceal(path.read_text(), path.suffix == ".py"))
+
+
+def conceal(text: str, is_python: bool) -> str:
+    """Return a file's text without the lines that give a solution away.
+
+    In Python these are lines inside docstrings; the first and the last of a docstring always stay.
+    """
+    lines = text.split("\n")
+    for number in docstring_lines(text) if is_python else range(len(lines)):
+        line = lines[number]
+        for exercise in EXERCISES:
+            if any(squeezed(secret) in squeezed(line) for secret in exercise.secrets):
+                indent = line[:len(line) - len(line.lstrip())]
+                lines[number] = f"{indent}(left out: exercise {exercise.number})"
+    return "\n".join(lines)
+
+
+def docstring_lines(source: str) -> list[int]:
+    """Return the numbers, from 0, of the lines between the first and the last of each docstring."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if (isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                and ast.get_docstring(node) is not None):
+            found += range(node.body[0].lineno, node.body[0].end_lineno - 1)
+    return found
+
+
+def squeezed(text: str) -> str:
+    """Return the text without blanks, for a formula may be spaced in any way."""
+    return "".join(text.split())
 
 
 def main() -> None:

@@ -10,12 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [ROOT / name for name in ("compare/results/README.md", "demo/README.md",
-                                   "course/EXERCISES.md", "course/WALKTHROUGH.md")]
+                                   "course/EXERCISES.md", "course/ANSWERS.md",
+                                   "course/LEADERBOARD.md", "course/WALKTHROUGH.md")]
+LECTURES = sorted((ROOT / "docs" / "lectures").glob("*.md"))
 LEVELS = [{"checkpoint"}, {"console", "text"}, {"model"}, {"calibrate", "prune", "evaluate"},
-          {"flatten"}, {"beyond"}, {"compare"}, {"demo"}, {"docs"}]  # each imports from lower ones
-BESIDE = {"course": {"console"}}
+          {"flatten"}, {"beyond"}, {"compare"}, {"demo"}, {"course"},
+          {"docs"}]  # each imports from lower ones
 PACKAGES = {"torch", "safetensors", "sentencepiece", "tiktoken", "numpy"}
 OPTIONAL = {"gguf", "matplotlib", "transformers"}  # a user may lack them
 ELSEWHERE = {"pip", "pytest", "convert_hf_to_gguf"}  # commands of other projects
@@ -23,7 +25,7 @@ ELSEWHERE = {"pip", "pytest", "convert_hf_to_gguf"}  # commands of other project
 
 def sources() -> dict[str, Path]:
     """{"flatten": its path, "console.options": its path, ...} of all code but the tests."""
-    paths = [*ROOT.glob("*.py"), *(path for folder in {*set().union(*LEVELS), *BESIDE}
+    paths = [*ROOT.glob("*.py"), *(path for folder in set().union(*LEVELS)
                                    for path in (ROOT / folder).rglob("*.py"))]
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
@@ -44,14 +46,12 @@ def imports(path: Path, modules: set[str]) -> set[str]:
 def test_every_file_and_folder_imports_from_lower_levels_only():
     """So the five files know nothing of beyond, compare, course and demo."""
     modules = sources()
-    units = set().union(*LEVELS) | BESIDE.keys()
+    units = set().union(*LEVELS)
     assert {name.split(".")[0] for name in modules} == units
     for name, path in modules.items():
         unit = name.split(".")[0]
-        lower = BESIDE.get(unit)
-        if lower is None:
-            level = next(k for k, same in enumerate(LEVELS) if unit in same)
-            lower = set().union(*LEVELS[:level])
+        level = next(k for k, same in enumerate(LEVELS) if unit in same)
+        lower = set().union(*LEVELS[:level])
         known = sys.stdlib_module_names | PACKAGES | OPTIONAL | {unit} | lower
         wrong = {other for other in imports(path, modules.keys())
                  if other.split(".")[0] not in known}
@@ -156,3 +156,23 @@ def test_the_project_holds_no_large_or_pickled_file():
         if path.is_file() and not {".git", ".venv", "out"} & set(path.relative_to(ROOT).parts):
             assert path.stat().st_size < 15e6, path
             assert path.suffix not in (".bin", ".pt", ".pkl"), path
+
+
+@pytest.mark.parametrize("path", LECTURES, ids=lambda path: path.name)
+def test_a_lecture_is_ten_to_fifteen_pages_with_something_to_see_and_notes(path):
+    title, *pages = path.read_text().split("\n---\n")
+    assert title.startswith("# ") and 10 <= len(pages) <= 15
+    for number, page in enumerate(pages, 1):
+        shown = page.partition("\n> ")[0]
+        assert f"\n## {number}. " in page and "\n> " in page, page
+        assert re.search(r"^(!\[|```|\|)", shown, re.MULTILINE) and len(shown.split()) < 120, page
+
+
+@pytest.mark.parametrize("path", LECTURES, ids=lambda path: path.name)
+def test_the_numbers_of_a_lecture_stand_where_they_were_measured(path):
+    """So the ones with decimals do, in results, in beyond or in what the walkthrough prints."""
+    sources = "".join((ROOT / name).read_text() for name in (
+        "docs/results.md", "docs/beyond.md", "course/WALKTHROUGH.md"))
+    measured = set(re.findall(r"\d+\.\d+", sources))
+    quoted = set(re.findall(r"\d+\.\d+", path.read_text()))
+    assert len(quoted) > 10 and quoted <= measured, quoted - measured

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+from checkpoint.reader import Checkpoint
 from evaluate import main, perplexity, window_losses, windows_of
 from text.tokenizer import load_tokenizer
 from text.wikitext import evaluation_text
@@ -37,13 +38,22 @@ def test_windows_do_not_overlap_and_the_tail_is_dropped():
 
 @pytest.mark.parametrize("length", [5, 1024, 1025, 1026, 2500])
 def test_losses_in_pieces_are_the_mean_over_the_window(length):
-    g = torch.Generator().manual_seed(0)
-    states = torch.randn(2, length, 8, generator=g)
-    ids = torch.randint(0, 20, (2, length), generator=g)
-    head = torch.randn(20, 8, generator=g)
-    logits = (states @ head.T)[:, :-1].transpose(1, 2)
-    expected = F.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
-    torch.testing.assert_close(window_losses(lambda x: x @ head.T, states, ids), expected)
+    """A model of four words that gives one of them a chance of 1/2, and each other one 1/6."""
+    ids = torch.randint(0, 4, (2, length), generator=torch.Generator().manual_seed(0))
+    guesses = ids.roll(-1, dims=1)  # right, but for every third token of the second window
+    guesses[1, ::3] = (guesses[1, ::3] + 1) % 4
+    pieces = []
+
+    def logits_of(states):
+        pieces.append(states[..., 0].numel())
+        return states * math.log(3)
+    came = window_losses(logits_of, F.one_hot(guesses, 4).float(), ids)
+    n, wrong = length - 1, len(range(0, length - 1, 3))
+    expected = [math.log(2), ((n - wrong) * math.log(2) + wrong * math.log(6)) / n]
+    tiny.expect(f"losses of two windows of {length} tokens", torch.tensor(expected), came)
+    tiny.expect("predictions made", 2 * n, sum(pieces))
+    assert max(pieces) <= 1024, \
+        f"tokens whose logits exist at once\nexpected: at most 1024\ncame:     {max(pieces)}"
 
 
 @pytest.mark.parametrize("length", [5, 1500])
@@ -67,8 +77,21 @@ def test_perplexity_equals_the_plain_loop_streamed_or_not(tmp_path, window, chan
     path = tiny.checkpoint(tmp_path / "m", **changes)
     expected, n = plain_loop(path, tiny.text(1000), window)
     scores = [perplexity(path, tiny.text(1000), window, stream=stream) for stream in (False, True)]
-    assert scores[0].perplexity == pytest.approx(expected, rel=1e-5) and scores[0].windows == n
-    assert scores[1].perplexity == scores[0].perplexity
+    tiny.expect("perplexity, the whole model in memory", expected, scores[0].perplexity, rtol=1e-5,
+                atol=0)
+    tiny.expect("windows", n, scores[0].windows)
+    tiny.expect("perplexity, one block in memory", scores[0].perplexity, scores[1].perplexity,
+                rtol=0, atol=0)
+
+
+def test_streamed_losses_read_each_block_once(ckpt, monkeypatch):
+    source, read = Checkpoint(ckpt), []
+    block = source.block
+    monkeypatch.setattr(source, "block", lambda i: read.append(i) or block(i))
+    windows = torch.randint(3, 300, (4, 50), generator=torch.Generator().manual_seed(0))
+    losses = evaluate.losses_streamed(source, windows, "cpu", torch.float32)
+    tiny.expect("the shape of the losses of 4 windows", (4,), tuple(losses.shape))
+    tiny.expect("blocks in the order in which they are read", [0, 1, 2, 3, 4], read)
 
 
 @pytest.mark.skipif(not tiny.DATA.exists(), reason="needs the trained checkpoints and WikiText-2")

@@ -2,6 +2,7 @@
 
 Depth becomes width: exactly where it should, and approximately where it must.
 """
+import itertools
 import math
 
 import pytest
@@ -55,35 +56,50 @@ def test_a_flattened_block_is_the_sum_of_its_members_for_any_input(cfg, members)
     blocks, x = [tiny.block(cfg, i) for i in range(members)], tiny.stream(cfg)
     attention, mlp = parts(flatten_blocks(blocks), cfg, x)
     each = [parts(block, cfg, x) for block in blocks]
-    assert_close(attention, sum(a for a, _ in each))
-    assert_close(mlp, sum(m for _, m in each))
+    what = f"of the wide block of {members}, which is to be the sum of its members'"
+    tiny.expect(f"the attention {what}", sum(a for a, _ in each), attention)
+    tiny.expect(f"the MLP {what}", sum(m for _, m in each), mlp)
 
 
 def test_flattened_shapes_are_those_of_a_wide_block(cfg):
     wide = flatten_blocks([tiny.block(cfg, i) for i in range(3)])
-    assert {name: tuple(t.shape) for name, t in wide.items()} == cfg.block_shapes(3)
+    assert wide.keys() == cfg.block_shapes(3).keys()
+    for name, shape in cfg.block_shapes(3).items():
+        tiny.expect(f"the shape of {name} of three blocks", shape, tuple(wide[name].shape))
 
 
 def test_folding_norms_changes_nothing_but_the_norms(cfg):
     block, x = tiny.block(cfg, 0), tiny.stream(cfg)
     folded = fold_norms(block)
-    assert_close(through([folded], cfg, x), through([block], cfg, x))
     for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-        assert (folded[norm] == 1).all()
-        assert torch.equal(block[norm], tiny.block(cfg, 0)[norm])  # the input stays as it was
+        tiny.expect(f"{norm} afterwards", torch.ones_like(block[norm]), folded[norm])
+        tiny.expect(f"{norm} of the block that was given, which stays as it was",
+                    tiny.block(cfg, 0)[norm], block[norm])
+    tiny.expect("the stream after the folded block", through([block], cfg, x),
+                through([folded], cfg, x))
 
 
 def test_folding_multiplies_in_float32_and_rounds_once():
-    cfg = tiny.config()
-    block = {name: tensor.bfloat16() for name, tensor in tiny.block(cfg, 0).items()}
-    up, norm = block["mlp.up_proj.weight"], block["post_attention_layernorm.weight"]
-    expected = (up.double() * norm.double()).float().bfloat16()
-    assert torch.equal(fold_norms(block)["mlp.up_proj.weight"], expected)
+    """A norm in float32 over weights in bfloat16: neither is rounded before the product is."""
+    block = {name: tensor.bfloat16() for name, tensor in tiny.block(tiny.config(), 0).items()}
+    row = torch.tensor([[1.0, 3.0] * 16])
+    block["mlp.up_proj.weight"] = row.bfloat16()
+    block["post_attention_layernorm.weight"] = torch.tensor([2.0, 1 + 2 ** -9] * 16)
+    # 3 (1 + 2^-9) lies just below half way from 3 to 3.015625, the next in bfloat16.
+    tiny.expect("up_proj [1, 3] behind a norm [2, 1.00195], in bfloat16",
+                torch.tensor([2.0, 3.0]).bfloat16(), fold_norms(block)["mlp.up_proj.weight"][0, :2],
+                atol=0, rtol=0)
+    block["post_attention_layernorm.weight"] = torch.tensor([2.0, 1 + 3 * 2 ** -10] * 16)
+    # A norm rounded to bfloat16 first would be 1 and leave 3.
+    tiny.expect("up_proj [1, 3] behind a norm [2, 1.00293], in bfloat16",
+                torch.tensor([2.0, 3.015625]).bfloat16(),
+                fold_norms(block)["mlp.up_proj.weight"][0, :2], atol=0, rtol=0)
 
 
 def test_a_single_block_is_returned_as_it_is():
     block = tiny.block(tiny.config(), 0)
-    assert flatten_blocks([block]) is block
+    assert flatten_blocks([block]) is block, \
+        "one block alone\nexpected: the same dictionary, untouched\ncame:     another one"
 
 
 def test_flattening_a_silent_block_changes_nothing(cfg):
@@ -114,30 +130,31 @@ def example():
                          [0.55, 0.74, 0.83, 0.88, 1.00]])
 
 
-def literal_grouping(S, merges):
-    """Follow the paper's rule to the letter: delete column l-1 and row l of the matrix."""
-    S, groups = S.clone(), [[i] for i in range(len(S))]
-    for _ in range(merges):
-        p = int(S.diagonal(1).argmax())
-        groups[p:p + 2] = [groups[p] + groups[p + 1]]
-        rows, columns = list(range(len(S))), list(range(len(S)))
-        del columns[p], rows[p + 1]
-        S = S[rows][:, columns]
-    return groups
-
-
 def test_the_worked_example_of_greedy_grouping():
-    S = example()
-    assert select_groups(S, 1, 5) == [[0], [1], [2, 3], [4]]
-    assert select_groups(S, 2, 5) == [[0], [1, 2, 3], [4]]
-    assert select_groups(S, 3, 5) == [[0], [1, 2, 3, 4]]
+    expected = [[[0], [1], [2, 3], [4]], [[0], [1, 2, 3], [4]], [[0], [1, 2, 3, 4]]]
+    for merges, groups in enumerate(expected, 1):
+        tiny.expect(f"{merges} merges of the worked example", groups,
+                    select_groups(example(), merges, 5))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_comparing_ends_is_deleting_a_row_and_a_column(seed):
-    S = torch.rand(9, 9, generator=torch.Generator().manual_seed(seed))
-    for merges in range(1, 9):
-        assert select_groups(S, merges, 9) == literal_grouping(S, merges)
+@pytest.mark.parametrize("blocks", [3, 4, 9])
+def test_each_merge_joins_the_neighbours_whose_ends_are_most_alike(blocks):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        S = torch.randint(100, (blocks, blocks), generator=generator).double() / 100
+        before = [[i] for i in range(blocks)]
+        for merges in range(1, blocks):
+            after = select_groups(S, merges, blocks)
+            what = f"{merges} merges for S = {tiny.shown(S)}"
+            joined = [group for group in after if group not in before]
+            tiny.expect(f"{what}: groups that were not there one merge before", 1, len(joined))
+            tiny.expect(f"{what}: all blocks, in order", list(range(blocks)),
+                        [i for group in after for i in group])
+            most = max(float(S[left[0], right[-1]])
+                       for left, right in itertools.pairwise(before))
+            tiny.expect(f"{what}\nwith the ends of {joined[0]} as alike as any to be joined",
+                        most, float(S[joined[0][0], joined[0][-1]]))
+            before = after
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -177,7 +194,9 @@ QWEN15_7B = LLAMA2_7B | {"model_type": "qwen2", "vocab_size": 151936}
     (LLAMA2_7B, 0.2, 7), (LLAMA2_7B, 0.2102, 7), (LLAMA2_7B, 0.2104, 8),  # 7 remove 0.21024
     (LLAMA2_7B, 0.001, 1), (QWEN15_7B, 0.2, 8), (QWEN15_7B, 0.1834, 7)])
 def test_the_ratio_counts_all_parameters_and_is_reached(raw, ratio, merges):
-    assert merges_for_ratio(tiny.config(**raw), ratio, 32) == merges
+    cfg = tiny.config(**raw)
+    tiny.expect(f"merges for a ratio of {ratio}, if a block has {cfg.block_parameters():,} of "
+                f"{cfg.parameters():,} parameters", merges, merges_for_ratio(cfg, ratio, 32))
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 20, float("nan"), float("inf")])

@@ -175,10 +175,13 @@ def rotated(x, position):
 def test_rotation_depends_on_the_distance_only():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64)
+    tiny.expect("turned by position 0, a head stays as it is", q[0, 0, 0], rotated(q, 0))
     scores = [float(rotated(q, m) @ rotated(k, n)) for m, n in ((7, 3), (104, 100), (4, 0))]
-    assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
-    assert float(rotated(q, 7) @ rotated(k, 4)) != pytest.approx(scores[0], rel=1e-3)
-    torch.testing.assert_close(rotated(q, 0), q[0, 0, 0])
+    tiny.expect("q k at positions 7 and 3, 104 and 100, 4 and 0", [scores[0]] * 3, scores,
+                rtol=1e-5, atol=0)
+    other = float(rotated(q, 7) @ rotated(k, 4))
+    assert other != pytest.approx(scores[0], rel=1e-3), \
+        f"q k at another distance\nexpected: not {scores[0]}\ncame:     {other}"
 
 
 def test_rotation_turns_pairs_half_a_head_apart():
@@ -188,7 +191,8 @@ def test_rotation_turns_pairs_half_a_head_apart():
     angle = 5 * 10000.0 ** (-2 / 8)
     expected = torch.zeros(8, dtype=torch.float64)
     expected[1], expected[5] = torch.tensor(angle).cos(), torch.tensor(angle).sin()
-    torch.testing.assert_close(rotated(x, 5), expected, atol=1e-6, rtol=1e-6)
+    tiny.expect(f"a head {x[0, 0, 0].tolist()} at position 5", expected, rotated(x, 5),
+                atol=1e-6, rtol=1e-6)
 
 
 def test_rope_llama3_blends_between_the_two_wavelengths():

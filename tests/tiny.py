@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 
 from checkpoint.config import Config
 from flatten import merge_groups
@@ -141,3 +143,22 @@ def hub_cache(path: Path, root: Path) -> Path:
         file.rename(blobs / f"{number:040x}")
         (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
     return snapshot
+
+
+def shown(value) -> str:
+    """Write a value in one line: a tensor's dtype, shape and numbers, of a large one the first."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    numbers = value.tolist() if value.numel() <= 16 else value.flatten()[:6].tolist()
+    rounded = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.5g}", str(numbers))
+    dots = "" if value.numel() <= 16 else " and so on"
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} {rounded}{dots}"
+
+
+def expect(what: str, expected, came, **tolerances) -> None:
+    """Compare as assert_close does. The error says what was expected and what came."""
+    try:
+        assert_close(came, expected, **tolerances)
+    except (AssertionError, TypeError, ValueError):
+        raise AssertionError(f"{what}\nexpected: {shown(expected)}\ncame:     "
+                             f"{shown(came)}") from None
