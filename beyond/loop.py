@@ -67,11 +67,11 @@ def looped(net: Transformer, ids: Tensor, window: tuple[int, int], times: int,
 # ---- the command
 
 def window_of(word: str) -> tuple[int, int]:
-    """Read a window a-b, both blocks included. ValueError for anything else."""
-    first, last = map(int, word.split("-"))
-    if first > last:
-        raise ValueError
-    return first, last
+    """Read a window a-b, both blocks included."""
+    first, _, last = word.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{word!r}: expected first-last, as in 8-11")
+    return int(first), int(last)
 
 
 def parse_args() -> argparse.Namespace:
@@ -150,7 +150,7 @@ def learn(net: Transformer, connector: Connector | None, parts: Weights, texts: 
 
 def main() -> None:
     args = parse_args()
-    source, dtype = Checkpoint(args.ckpt), None
+    source = Checkpoint(args.ckpt)
     out = args.out or Path("out") / f"{source.name}-loop"
     if args.passes and not args.load and out.exists():
         raise ValueError(f"{out} exists already; choose another --out")
