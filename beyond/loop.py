@@ -154,9 +154,9 @@ def main() -> None:
     out = args.out or Path("out") / f"{source.name}-loop"
     if args.passes and not args.load and out.exists():
         raise ValueError(f"{out} exists already; choose another --out")
-    if args.window and (last := max(max(args.window))) >= source.config.num_hidden_layers:
-        raise ValueError(f"--window: there is no block {last} of "
-                         f"{source.config.num_hidden_layers}; they count from 0")
+    L, last = source.config.num_hidden_layers, max([b for _, b in args.window or []], default=0)
+    if last >= L:
+        raise ValueError(f"--window: there is no block {last}; the model has blocks 0 to {L - 1}")
     dtype = compute_dtype(args.dtype, args.device, source.dtype)
     tokenizer, (text, name) = load_tokenizer(source.path), held_out_text(args.data)
     windows = windows_of(torch.tensor(tokenizer.encode(text)), args.length, args.max_windows)
