@@ -74,7 +74,7 @@ def in_pieces(loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, others: 
     """
     pieces = zip(states.split(PIECE), others.split(PIECE), strict=True)
     parts = [len(x) * checkpoint(loss, x, other, use_reentrant=False) for x, other in pieces]
-    return torch.stack(parts).sum() / len(states)
+    return torch.stack(parts).sum(0) / len(states)
 
 
 def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups: list[list[int]],

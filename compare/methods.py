@@ -7,7 +7,7 @@ from functools import partial
 
 from beyond.refit import PARTS
 from beyond.regression import RIDGE
-from compare import dropping, fisher, flattened, merging, patching, swaps, width
+from compare import dropping, fisher, flattened, merging, patching, sharing, swaps, width
 
 PAPER = "FlattenGPT, arXiv 2602.08858"
 
@@ -49,6 +49,8 @@ METHODS = {
     "flap": (width.flap, "FLAP, arXiv 2312.11983, uniform widths"),
     "2ssp": (width.two_stages, "2SSP, arXiv 2501.17771"),
     "kwon-fisher": (fisher.kwon, "Kwon et al. 2022, arXiv 2204.09656, uniform widths"),
+    "tied-lowrank": (sharing.tied_low_rank,
+                     "control: shared blocks with low-rank differences (arXiv 2410.20672)"),
     "width-refit": (width.refit, "control: our fit, every block narrower"),
     "drop-refit": (fit(first_only=True), "control: our fit, but only the first of a group stays"),
     "drop-refit-damage": (fit(first_only=True, by_damage=True),

@@ -26,7 +26,7 @@ class Network:
     config: Config
     blocks: list[Weights]
     outside: Weights          # embeddings, final norm, head unless tied
-    absent: int = 0           # parameters stored as zeros, in place of half blocks left out
+    absent: int = 0           # stored but not the model's: zeros for half blocks, shared copies
     ordinary: bool = True     # whether it can be saved as an ordinary checkpoint
 
     @classmethod

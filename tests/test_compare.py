@@ -18,7 +18,7 @@ from model import generate, load
 
 # of five blocks; FinerCut may touch the last two only, and takes them whole
 NOT_ORDINARY = {"blockpruner", "2ssp", "streamline-linear", "linearpatch", "flap", "flat-wide",
-                "flat-heads-only", "flat-channels-only"}
+                "flat-heads-only", "flat-channels-only", "tied-lowrank"}
 WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
