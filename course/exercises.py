@@ -83,7 +83,10 @@ EXERCISES = [
         ("run_block(source.block(i), xs)",), seconds=180),
     Exercise(14, "beyond/regression.py", "eliminate_units", "tests/test_beyond.py", (
         "test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum",),
-        ("tr(V_j^T [P_jj]^-1 V_j)", "|V_i|^2 / P_ii", "solve(P[rows, rows], V[rows])")),
+        ("tr(V_j^T [P_jj]^-1 V_j)", "|V_i|^2 / P_ii", "solve(P_own, V[left])")),
+    Exercise(15, "beyond/lora.py", "LoRA.merged", "tests/test_recover.py", (
+        "test_lora_changes_nothing_at_first_and_merging_changes_nothing_at_last",),
+        ("self.scale * self.B @ self.A",)),
 ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a file that is run finds its own folder only
 
 import console
-from course.exercises import EXERCISES, ROOT, set_body
+from course.exercises import EXERCISES, ROOT, find, set_body
 
 LEFT_OUT = {".git", ".venv", "out", "__pycache__", ".pytest_cache", ".ruff_cache"}
 FOR_TEACHERS = {"course/ANSWERS.md", "course/exercises.py", "course/grade.py", "course/handout.py",
@@ -31,7 +31,8 @@ def handout(out: Path) -> None:
         (out / name).unlink()
     for exercise in EXERCISES:
         path = out / exercise.file
-        empty = f'    raise NotImplementedError("exercise {exercise.number}")'
+        indent = " " * (4 + find(path.read_text(), exercise.function).col_offset)
+        empty = f'{indent}raise NotImplementedError("exercise {exercise.number}")'
         path.write_text(set_body(path.read_text(), exercise.function, empty))
     for path in [*out.rglob("*.py"), *out.rglob("*.md")]:
         path.write_text(conceal(path.read_text(), path.suffix == ".py"))
