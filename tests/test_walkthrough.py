@@ -1,9 +1,10 @@
-"""The walkthrough runs, and says what is so."""
+"""The walkthrough and its notebook run, and say what is so."""
 import platform
 import re
 
 import pytest
 
+from course.notebook import NOTEBOOK, notebook
 from course.walkthrough import CELL, DOCUMENT, VERSION, execute
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -32,3 +33,28 @@ def test_a_cell_that_prints_something_else_is_noticed():
     renewed, outputs = execute(f"{first}\n{second}")
     assert outputs == [("", ""), ("4\n", "3\n")]
     assert "3\n```" in renewed and len(CELL.findall(renewed)) == 2
+
+
+def test_the_notebook_is_made_of_the_walkthrough():
+    assert NOTEBOOK.read_text() == notebook(DOCUMENT.read_text()), "run python -m course.notebook"
+    links = re.findall(r"\]\((?!http)([^)#]+)", NOTEBOOK.read_text())
+    assert links and all((NOTEBOOK.parent / link).exists() for link in links)
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    """Started in its own folder, as Jupyter does; it prints as many lines as it shows."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    shown = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(shown)
+    fresh = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(fresh, timeout=600, resources={
+        "metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+
+    def printed(book):
+        return [["".join(output.text for output in cell.outputs if output.get("name") == "stdout")]
+                for cell in book.cells if cell.cell_type == "code"]
+    assert any(map(any, printed(shown)))
+    for (documented,), (now,) in zip(printed(shown), printed(fresh), strict=True):
+        assert NUMBER.sub("#", documented).split()[:3] == NUMBER.sub("#", now).split()[:3]
+        assert len(documented.splitlines()) == len(now.splitlines())
