@@ -84,13 +84,24 @@ class Bench:
         sha256 = hashlib.sha256()
         for ids in (*self.ids, *self.judged.values()):
             sha256.update(hashlib.sha256(ids.numpy().tobytes()).digest())
-        ends = [0, self.source.config.num_hidden_layers - 1]
-        sha256.update(bytes.fromhex(self.source.digest(ends)))  # they tell checkpoints apart
+        sha256.update(weights_digest(self.source))
         return {"checkpoint": self.source.name, "calibration": self.calibration,
                 "samples": self.samples, "trials": self.trials, "length": self.length,
                 "windows": {name: len(windows) for name, windows in self.judged.items()},
                 "dtype": str(self.runner.dtype).removeprefix("torch."),
                 "device": self.runner.device.type, "sha256": sha256.hexdigest()}
+
+
+def weights_digest(source: Checkpoint) -> bytes:
+    """Return SHA-256 of the first and the last block's bytes.
+
+    Recorded results name it, so it stays as it is, though Checkpoint.digest would do.
+    """
+    sha256 = hashlib.sha256()
+    for i in (0, source.config.num_hidden_layers - 1):
+        for tensor in source.block(i).values():
+            sha256.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha256.digest()
 
 
 def cells(ratios: list[float], methods: list[str], seeds: int) -> list[Cell]:

@@ -385,6 +385,18 @@ def test_what_does_not_belong_together_is_refused(ckpt, tmp_path, cli, small, te
     assert code == 2 and "earlier version" in err
 
 
+def test_the_digest_tells_models_apart_by_any_tensor(tmp_path):
+    first, second = (tiny.checkpoint(tmp_path / name) for name in "ab")
+    digest = Checkpoint(first).digest()
+    assert Checkpoint(second).digest() == digest
+    for name in ("model.layers.2.mlp.up_proj.weight", "model.norm.weight"):
+        tiny.change_tensors(second, lambda tensors, name=name: tensors[name].add_(1e-3))
+        assert Checkpoint(second).digest() != digest
+        tiny.change_tensors(second, lambda tensors, name=name: tensors[name].copy_(
+            load_file(first / "model.safetensors")[name]))
+    assert Checkpoint(second).digest() == digest
+
+
 def test_a_teacher_is_not_overwritten_and_wide_blocks_are_refused(ckpt, tmp_path, cli, small,
                                                                   text_file):
     code, _, err = small("--overwrite", out="tiny")
