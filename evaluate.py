@@ -201,17 +201,18 @@ def perplexity(path: str | Path, text: str, window: int = 2048, limit: int | Non
 
 def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
             limit: int | None = None, device: str = "cpu", dtype: str | None = None,
-            stream: bool = False) -> None:
+            stream: bool = False) -> list[float]:
     """Print the protocol and a table of perplexities, each row as soon as it is known.
 
     `name` says what the text is. Notes about the text and the checkpoints follow the table, each of
-    them once.
+    them once. Returns the perplexities.
     """
-    sources, notes = [Checkpoint(path) for path in paths], []
+    sources, notes, found = [Checkpoint(path) for path in paths], [], []
     dtypes = [compute_dtype(dtype, device, source.dtype) for source in sources]
     kinds = dict.fromkeys(str(kind).removeprefix("torch.") for kind in dtypes)
     for k, (source, kind) in enumerate(zip(sources, dtypes, strict=True)):
         score = perplexity(source.path, text, window, limit, device, kind, stream)
+        found.append(score.perplexity)
         if k == 0:  # nothing has been wrong with the request
             print(f"perplexity: windows of {window} tokens, no overlap, tail dropped, tokenizer's "
                   f"own BOS at the start of the text, loss in float32, model in {', '.join(kinds)}")
@@ -229,6 +230,7 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
         notes.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}"
                      f"{subset})")
     print("\n".join(dict.fromkeys(notes)))
+    return found
 
 
 # ---- samples

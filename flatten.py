@@ -43,8 +43,10 @@ from console.options import (
     defaults,
     describe_run,
 )
+from console.page import page
+from console.picture import add_picture_options, check_pictures, draw
 from console.report import explain, row
-from evaluate import compare, probe, relative_error, through, windows_of
+from evaluate import compare, probe, relative_error, sample, through, windows_of
 from model import Runner, check_finite, embed
 from prune import of_block, prune_attention, prune_channels, prune_heads, prune_mlp
 from text.tokenizer import load_tokenizer
@@ -52,6 +54,7 @@ from text.wikitext import PYTHON, held_out_text
 
 BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
 QUICK_WINDOWS = 64  # of held-out text judge the quick start
+PROMPT = "The function returns"  # what --report lets both models go on from, code or English
 SHOWN_WIDTHS = 4    # --dry-run shows the memory of groups up to this size, or --max-group
 SETTINGS = {"samples", "length", "seed", "ridge", "data", "dtype"}  # step 4 takes these from step 3
 READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
@@ -274,6 +277,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain", action="store_true", help="say more about what was chosen")
     parser.add_argument("--no-eval", action="store_true",
                         help="do not compare perplexity at the end")
+    add_picture_options(parser)
     add_run_options(parser)
     parser.set_defaults(quick=False)
 
@@ -289,6 +293,7 @@ def parse_args() -> argparse.Namespace:
         raise ValueError(f"{' and '.join(moved)} moved to a command of its own: "
                          "python -m beyond.refit --help")
     args = parser.parse_args()
+    check_pictures(args)
     if args.ckpt is None:
         quick_start(args)
     return args
@@ -366,17 +371,39 @@ def start_runner(source: Checkpoint, args: argparse.Namespace, text: str) -> Run
     return Runner(source.config, args.length, args.device, dtype)
 
 
-def conclude(source: Checkpoint, args: argparse.Namespace, record: dict) -> None:
-    """Print what was written, and the perplexity of the dense model and of the result."""
+def conclude(source: Checkpoint, args: argparse.Namespace, record: dict, S: Tensor) -> None:
+    """Print what was written, and the perplexity of the dense model and of the result.
+
+    Also writes what --plot and --report ask for. S (L, L) is what `measure` found.
+    """
     print(f"wrote {args.out}: {len(record['groups'])} blocks, {record['parameters_before']:,} -> "
           f"{record['parameters_after']:,} parameters, ratio {record['ratio_reached']:.4f} "
           f"(asked {args.ratio})")
+    pair, scores, judged = [source.path, args.out], [], ""
+    if args.plot:
+        put(args.plot, draw(S, record["groups"], args.plot.suffix[1:].lower()))
     if not args.no_eval:
-        compare([source.path, args.out], *held_out_text(args.data), window=args.length,
-                limit=QUICK_WINDOWS if args.quick else None, device=args.device,
-                dtype=args.dtype, stream=True)
+        text, judged = held_out_text(args.data)
+        scores = compare(pair, text, judged, window=args.length,
+                         limit=QUICK_WINDOWS if args.quick else None, device=args.device,
+                         dtype=args.dtype, stream=True)
+        judged += f", windows of {args.length} tokens"
+        judged += f", the first {QUICK_WINDOWS} only" if args.quick else ""
+    if args.report:
+        dtype = compute_dtype(args.dtype, args.device, source.dtype)
+        samples = [sample(path, PROMPT, args.device, dtype) for path in pair if scores]
+        text = page(record, source.config, args.out.name, draw(S, record["groups"], "svg"), scores,
+                    judged, PROMPT, samples)
+        put(args.report, text.encode(errors="replace"))
     if args.quick:
         print("next: python -m demo compares each step with dropping as many blocks")
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file, and print its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    print(f"wrote {path}")
 
 
 def main() -> None:
@@ -408,7 +435,7 @@ def main() -> None:
               f"python flatten.py --ckpt {shlex.quote(str(args.out))} prunes them")
     if args.explain:
         explain(reports, S, source.config)
-    conclude(source, args, record)
+    conclude(source, args, record, S)
 
 
 # ---- step 4 on its own
@@ -437,7 +464,7 @@ def read_record(source: Checkpoint) -> dict:
 def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
     """Do step 4 on a checkpoint that was saved after step 3. Its settings are the defaults."""
     for name, unset in (("keep_wide", False), ("ratio", 0.2), ("max_group", None),
-                        ("explain", False), ("dry_run", False)):
+                        ("explain", False), ("dry_run", False), ("plot", None), ("report", None)):
         if getattr(args, name) != unset:
             raise ValueError(f"--{name.replace('_', '-')} is for a model that has not been "
                              f"flattened; {source.path} has been")

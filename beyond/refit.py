@@ -51,6 +51,7 @@ from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
 from console.forecast import flattening, stream
 from console.options import describe_run
+from console.picture import check_pictures
 from console.report import explain
 from evaluate import probe, relative_error
 from flatten import (
@@ -528,6 +529,7 @@ def parse_args() -> argparse.Namespace:
                         help="join what is most alike (the default, as in the paper), or what "
                              f"does least damage when tried (groups of at most {LARGEST})")
     args = parser.parse_args()
+    check_pictures(args)
     if args.ckpt is None:
         raise ValueError("--ckpt is missing: the folder of the model to compress")
     return args
@@ -565,7 +567,7 @@ def main() -> None:
         record = writer.finish(groups, record)
     if args.explain:
         explain(reports, S, source.config)
-    conclude(source, args, record)
+    conclude(source, args, record, S)
 
 
 if __name__ == "__main__":

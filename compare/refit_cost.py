@@ -17,7 +17,7 @@ Does the fit of a large model go into this memory?
     python -m compare.refit_cost --shape llama-2-7b --samples 1 --length 512 --only refit
 """
 import argparse
-import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -33,6 +33,11 @@ from compare.speed import SHAPES, shape_config
 from console.options import DEFAULT_DEVICE, DTYPES, compute_dtype
 from flatten import merge_groups, merges_for_ratio, paper
 from model import Runner, batches
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 
 class Pair:
@@ -82,6 +87,14 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def peak() -> str:
+    """Word the most memory that this process has had: in bytes on macOS, in KiB elsewhere."""
+    if resource is None:
+        return "unknown"
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{most / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"
+
+
 def main() -> None:
     args = parse_args()
     config = shape_config(args.shape)
@@ -109,9 +122,8 @@ def main() -> None:
             start = time.perf_counter()
             work()
             spent[name] = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             print(f"{args.shape}, {args.samples} x {args.length} tokens, {labels[name]}: "
-                  f"{spent[name]:.1f} s, largest memory of the process so far {peak:.1f} GiB",
+                  f"{spent[name]:.1f} s, largest memory of the process so far {peak()}",
                   flush=True)
     if args.only is None:
         L = config.num_hidden_layers

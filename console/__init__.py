@@ -51,6 +51,13 @@ def run(main: Callable[[], None]) -> None:
         fail((memory_hint() if no_memory else "") + " ".join(str(error).split()))
 
 
+def cores() -> int:
+    """Count the cores that this process may use. macOS and Windows tell only what there is."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def memory_hint() -> str:
     """Word the hint that precedes an out-of-memory error: which options need less memory."""
     known = re.findall(r"--[\w-]+", running.format_usage()) if running else []

@@ -1,14 +1,16 @@
 """The options that commands share, their defaults, and the record that lets a run be repeated."""
 import argparse
+import functools
 import hashlib
 import math
 import platform
+import sys
 from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
-from console import command
+from console import command, cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,9 +76,21 @@ def compute_dtype(name: str | None, device: str, stored: torch.dtype,
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason})") from None
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
+        note_threads()
     if name:
         return DTYPES[name]
-    return torch.float32 if torch.device(device).type == "cpu" else stored
+    return torch.float32 if on_cpu else stored
+
+
+@functools.cache  # one line a run is enough
+def note_threads() -> None:
+    """Say so, once, on stderr if there are more threads than cores: they wait for each other."""
+    threads, most = torch.get_num_threads(), cores()
+    if threads > most:
+        print(f"note: {threads} threads on {most} core(s) are slow; set OMP_NUM_THREADS={most}",
+              file=sys.stderr)
 
 
 def describe_run(script: str, args: argparse.Namespace, tokens: Tensor, text_name: str,

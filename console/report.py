@@ -7,15 +7,21 @@ from checkpoint.config import Config
 ERRORS = ("flattened", "selected", "compensated", "refit")
 
 
+def kept(group: dict, config: Config) -> dict[str, str]:
+    """Return how many heads and channels each member of a pruned group kept, as "1+3"."""
+    if "kv_heads" not in group:
+        return {}
+    n_rep = config.num_attention_heads // config.num_key_value_heads
+    return {"heads": "+".join(str(len(member) * n_rep) for member in group["kv_heads"]),
+            "channels": "+".join(str(len(member)) for member in group["channels"])}
+
+
 def row(group: dict, config: Config) -> str:
     """Describe a group in one line: what was joined, what each member kept, and the errors."""
     first, last = group["blocks"][0], group["blocks"][-1]
     line = f"blocks {first}-{last}   similarity {group['similarity']:.3f}"
-    if "kv_heads" in group:
-        n_rep = config.num_attention_heads // config.num_key_value_heads
-        heads = "+".join(str(len(member) * n_rep) for member in group["kv_heads"])
-        channels = "+".join(str(len(member)) for member in group["channels"])
-        line += f"   heads {heads}   channels {channels}"
+    if numbers := kept(group, config):
+        line += f"   heads {numbers['heads']}   channels {numbers['channels']}"
         line += " (q_norm, k_norm: attention of one member, whole)" if config.qk_norm else ""
     errors = [f"{name} {group[f'error_{name}']:.1%}" for name in ERRORS if f"error_{name}" in group]
     return f"{line}   error: {', '.join(errors)}"

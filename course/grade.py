@@ -39,12 +39,12 @@ Problems = dict[str, str]   # test -> what went wrong, "" if it passed
 def grade(submission: Path, exercise: Exercise, seconds: float) -> Problems:
     """Run an exercise's tests on the submission's function. Returns what went wrong in each."""
     try:
-        body = get_body((submission / exercise.file).read_text(), exercise.function)
+        body = get_body((submission / exercise.file).read_text("utf-8"), exercise.function)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
             folder = Path(name) / "project"
             shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
             path = folder / exercise.file
-            path.write_text(set_body(path.read_text(), exercise.function, body))
+            path.write_text(set_body(path.read_text("utf-8"), exercise.function, body), "utf-8")
             return run_tests(folder, exercise, seconds)
     except (ValueError, OSError) as error:
         return dict.fromkeys(exercise.tests, str(error))

@@ -31,11 +31,11 @@ def handout(out: Path) -> None:
         (out / name).unlink()
     for exercise in EXERCISES:
         path = out / exercise.file
-        indent = " " * (4 + find(path.read_text(), exercise.function).col_offset)
+        indent = " " * (4 + find(path.read_text("utf-8"), exercise.function).col_offset)
         empty = f'{indent}raise NotImplementedError("exercise {exercise.number}")'
-        path.write_text(set_body(path.read_text(), exercise.function, empty))
+        path.write_text(set_body(path.read_text("utf-8"), exercise.function, empty), "utf-8")
     for path in [*out.rglob("*.py"), *out.rglob("*.md")]:
-        path.write_text(conceal(path.read_text(), path.suffix == ".py"))
+        path.write_text(conceal(path.read_text("utf-8"), path.suffix == ".py"), "utf-8")
 
 
 def conceal(text: str, is_python: bool) -> str:

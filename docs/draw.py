@@ -21,6 +21,7 @@ import console
 from calibrate import Measurement, measure, read_tokens
 from checkpoint.reader import Checkpoint
 from compare.network import whole
+from console import picture
 from console.options import defaults
 from demo.tour import WINDOWS, variants
 from evaluate import losses, probe, relative_error, through, windows_of
@@ -201,15 +202,7 @@ def motivation(path: Path, found: Measurement, gradients: list[float]) -> None:
 def similarity(path: Path, S: Tensor, groups: list[list[int]]) -> None:
     """S as a heat map with the chosen groups outlined."""
     fig, ax = plt.subplots(figsize=(4.6, 3.8))
-    image = ax.imshow(S, cmap="viridis", vmin=float(S[1:, 1:].min()), vmax=1)
-    for group in groups:
-        if len(group) > 1:
-            corner, size = group[0] - 0.5, len(group)
-            ax.add_patch(Rectangle((corner, corner), size, size, fill=False, edgecolor=ORANGE,
-                                   linewidth=2))
-    fig.colorbar(image, label="cosine similarity of block inputs")
-    ax.set_xlabel("block")
-    ax.set_ylabel("block")
+    picture.similarity(ax, S, groups)
     save(fig, path)
 
 

@@ -5,8 +5,10 @@ import pytest
 import tiny
 import torch
 
+import console
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), console.cores()))
 
 
 @pytest.fixture
@@ -29,13 +31,11 @@ def cli(monkeypatch, capsys):
 
     Returns the exit code, stdout, and stderr without progress, which comes and goes.
     """
-    from console import run
-
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         code = 0
         try:
-            run(main)
+            console.run(main)
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import calibrate
+import console.options
 import evaluate
 import flatten
 import model
@@ -610,6 +611,26 @@ def test_without_memory_the_options_that_need_less_are_named(cli, ckpt, monkeypa
     code, _, err = cli(script.main, "--ckpt", ckpt)
     assert code == 2 and err.count("\n") == 1
     assert err.startswith(f"error: not enough memory; {hint}")
+
+
+@pytest.mark.parametrize("threads, lines", [(2, 0), (3, 1)])
+def test_more_threads_than_cores_are_noted_once(cli, ckpt, text_file, monkeypatch, threads, lines):
+    monkeypatch.setattr(console.options, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    console.options.note_threads.cache_clear()
+    code, _, err = cli(evaluate.main, "--ckpt", ckpt, ckpt, "--data", text_file, "--window", 32,
+                       "--max-windows", 2)
+    assert code == 0 and err.count("\n") == lines
+    assert ("note: 3 threads on 2 core(s) are slow; set OMP_NUM_THREADS=2" in err) == bool(lines)
+
+
+def test_cores_are_counted_on_every_system(monkeypatch):
+    counted = console.cores()
+    assert 1 <= counted <= os.cpu_count()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3}, raising=False)
+    assert console.cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
+    assert console.cores() == os.cpu_count()
 
 
 def test_other_errors_of_a_library_are_bugs_and_keep_their_traceback(cli, ckpt, monkeypatch):
