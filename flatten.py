@@ -33,7 +33,7 @@ import console
 from calibrate import SAMPLE, measure, read_tokens
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
-from checkpoint.writer import Writer
+from checkpoint.writer import Writer, check_output
 from console import forecast, progress
 from console.options import (
     DTYPES,
@@ -347,6 +347,7 @@ def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: 
 
     memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
     """
+    check_output(args.out, source.path, args.overwrite)
     config, size = source.config, source.size()[1]
     dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     shape = config, args.samples, args.length, dtype.itemsize

@@ -154,6 +154,10 @@ def main() -> None:
     out = args.out or Path("out") / f"{source.name}-loop"
     if args.passes and not args.load and out.exists():
         raise ValueError(f"{out} exists already; choose another --out")
+    if args.load and not (args.load / "loop.json").is_file():
+        raise ValueError(f"--load {args.load}: expected a folder with loop.json")
+    if args.passes and not args.load:
+        out.parent.mkdir(parents=True, exist_ok=True)  # an OSError now, and not after the work
     L, last = source.config.num_hidden_layers, max([b for _, b in args.window or []], default=0)
     if last >= L:
         raise ValueError(f"--window: there is no block {last}; the model has blocks 0 to {L - 1}")
@@ -167,8 +171,8 @@ def main() -> None:
         tell_windows(net, windows, args)
         return
     connector, parts = parts_of(net, args)
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16,
-                        enabled=dtype != torch.float32):
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16,  # see beyond/recover.py
+                        enabled=dtype != torch.float32, cache_enabled=False):
         if args.load:
             restore(args.load, source, parts)
         else:

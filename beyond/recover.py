@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -45,6 +46,7 @@ MOST_PYTHON = 10_000_000  # characters of Python's library
 JUDGED = 16         # held-out windows whose loss is measured
 TIMES = 8           # how often in a run
 SAVE_EVERY = 300.0  # seconds
+MOST = 10**8        # steps, and tokens in a step
 OPTIONS = ("loss", "last", "full", "steps", "batch", "length", "rate", "seed", "checkpointing",
            "dtype", "device")
 
@@ -72,11 +74,14 @@ def correspondence(student: Checkpoint, teacher: Checkpoint) -> tuple[dict, list
         raise ValueError(f"{student.path} was not made of {teacher.path}: its flatten.json names "
                          "another source_sha256; give the dense model that was compressed")
     try:
-        groups = [list(group["blocks"]) for group in record["groups"]]
-    except (KeyError, TypeError):
-        groups = []
+        groups = [[int(i) for i in group["blocks"]] for group in record["groups"]]
+        runs, before = record.get("recovery", []), record["parameters_before"]
+        sound = all(groups) and type(before) is int and before > 0 and all(
+            type(run["tokens"]) is int and isinstance(run["text"], str) for run in runs)
+    except (KeyError, TypeError, ValueError):
+        groups, sound = [], False
     blocks = [i for group in groups for i in group]
-    if (blocks != list(range(teacher.config.num_hidden_layers))
+    if (not sound or blocks != list(range(teacher.config.num_hidden_layers))
             or len(groups) != student.config.num_hidden_layers or len(groups) == len(blocks)):
         raise ValueError(f"{path} does not say which of the teacher's blocks each block stands "
                          "for; recovery is for models made by joining neighbours or leaving "
@@ -138,10 +143,14 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
             raise ValueError(f"{name} has {len(ids)} tokens, fewer than twenty windows of "
                              f"--length {length}, of which one judges; give a longer text")
         return ids, name
+    if not Path(path).is_file():
+        raise ValueError(f"--data {path}: no such file; expected a list of instructions")
     try:
         rows = [(question_of(row), str.strip(row["output"]))
                 for row in json.loads(read(Path(path)))]
-    except (TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        for question, answer in rows:
+            (question + answer).encode("utf-8")  # JSON can hold halves of characters
+    except (TypeError, KeyError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected a list of objects with the texts instruction, input "
                          f"and output ({type(error).__name__}: {error})") from None
     texts = [(torch.tensor([*tokenizer.encode(question + answer), *stop[:1]][:length]),
@@ -217,7 +226,8 @@ def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.O
     try:
         with safe_open(path, "pt") as file:
             written = json.loads(file.metadata()["run"])
-            differ = [name for name in run | written if run.get(name) != written.get(name)]
+            differ = [name for name in run | written
+                      if run.get(name) != written.get(name) and name != "command"]
             if differ:
                 raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the "
                                  "same options, or delete it")
@@ -228,8 +238,13 @@ def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.O
                 value = file.get_tensor(entry)
                 optimizer.state[trained[name]][key] = value if key == "step" else value.to(
                     trained[name].device)
-            return json.loads(file.metadata()["facts"])
-    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            facts = json.loads(file.metadata()["facts"])
+            if not (0 < facts["steps"] <= run["steps"] and facts["tokens"] > 0 < facts["seconds"]
+                    and math.isfinite(facts["dense"] + sum(loss for _, loss in facts["held_out"]))):
+                raise KeyError("its facts")
+            return facts
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
+            json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to start anew") from None
 
 
@@ -276,7 +291,7 @@ def train(teach: Callable, judge: Callable[[], float], texts: list,
     begin, saved, loss = time.monotonic() - facts["seconds"], time.monotonic(), math.nan
 
     def line() -> str:
-        return f"recover: loss {loss:.3f}, {facts['tokens'] / facts['seconds']:.0f} tokens/s, steps"
+        return f"train: loss {loss:.3f}, {facts['tokens'] / facts['seconds']:.0f} tokens/s, steps"
     left = range(facts["steps"], args.steps)
     for step in progress(left, line, len(left)):
         optimizer.param_groups[0]["lr"] = rate(step, args.steps, args.rate)
@@ -341,6 +356,9 @@ def parse_args() -> argparse.Namespace:
                          "negative")
     if not 0 < args.rate < math.inf or not 0 <= args.seed < 2**31:
         raise ValueError("--rate must be positive, and --seed between 0 and 2^31")
+    if args.steps > MOST or args.batch * args.length > MOST:
+        raise ValueError(f"at most {MOST:,} --steps, of at most as many tokens (--batch times "
+                         "--length)")
     return args
 
 
@@ -375,8 +393,8 @@ def main() -> None:
     judged = None if args.no_eval or is_json(args.data) else held_out_text(args.data)
     unfinished = out.with_name(f"{out.name}.unfinished")
     if unfinished.exists() and not args.resume:
-        raise ValueError(f"{unfinished} is left of a run that did not end; --resume goes on with "
-                         "it, or delete it")
+        raise ValueError(f"{unfinished} is of a run that has not ended; if it is not running any "
+                         "more, --resume goes on with it, or delete it")
     with Writer(out, source, args.overwrite) as writer:
         texts, held_out, run = read_lessons(args, source)
         dtype = compute_dtype(args.dtype, args.device, source.dtype)
@@ -395,7 +413,13 @@ def main() -> None:
                 facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "dense": judge(teacher),
                          "held_out": [[0, judge(student)]]}
             save = partial(save_state, unfinished, run, facts, trained, optimizer)
-            train(teach, partial(judge, student), texts, optimizer, facts, save, args)
+            try:
+                train(teach, partial(judge, student), texts, optimizer, facts, save, args)
+            except KeyboardInterrupt:
+                if unfinished.exists():
+                    print(f"{unfinished} has the run up to its last save; --resume goes on there",
+                          file=sys.stderr)
+                raise
         merge_lora(student)
         for k, block in enumerate(student.model["layers"]):
             writer.add(trained_or_stored(block.state_dict(), source.block(k)))

@@ -90,11 +90,12 @@ class Checkpoint:
         return parameters, total_bytes
 
     def digest(self) -> str:
-        """Return SHA-256, in hex, of all tensors' names and first rows. It tells checkpoints apart.
+        """Return SHA-256, in hex, of the config and of all tensors' first rows.
 
-        Whoever trains a model changes every row a little, and a first row is quickly read.
+        It tells checkpoints apart: whoever trains a model changes every row a little. And first
+        rows are quickly read.
         """
-        sha256 = hashlib.sha256()
+        sha256 = hashlib.sha256(repr(self.config).encode())
         for name in sorted(self.expected()):
             row = self._slice(name)[:1].contiguous().view(torch.uint8)
             sha256.update(name.encode() + row.numpy().tobytes())

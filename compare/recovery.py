@@ -26,7 +26,7 @@ from compare.harness import commit
 from compare.judge import spread
 from compare.tables import summary
 from console import command, progress
-from console.options import DEFAULT_DEVICE
+from console.options import DEFAULT_DEVICE, compute_dtype
 from evaluate import losses, windows_of
 from model import load
 from text.tokenizer import load_tokenizer
@@ -227,8 +227,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="where results go, or already are")
     parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
     args = parser.parse_args()
-    if args.seeds < 1 or args.windows < 1:
-        raise ValueError("--seeds and --windows must be at least 1")
+    counts = args.seeds, args.windows, args.samples, args.steps, args.batch
+    if min(counts) < 1 or args.length < 2 or not 0 < args.ratio < 1:
+        raise ValueError("--ratio must lie between 0 and 1, --length be at least 2, and all other "
+                         "counts at least 1")
+    compute_dtype("float32", args.device, torch.float32)
     args.models, args.out = args.models.absolute(), args.out.absolute()
     args.rates = args.rate, args.lora_rate
     return args

@@ -156,6 +156,8 @@ def parse_args():
                          f"they are 1 to {EXERCISES[-1].number}")
     if args.jobs < 1 or args.seconds <= 0:
         raise ValueError("--jobs must be at least 1, and --seconds more than 0")
+    if args.json and (args.json.exists() or not args.json.parent.is_dir()):
+        raise ValueError(f"--json {args.json}: expected a new file in a folder that exists")
     if importlib.util.find_spec("pytest") is None:
         raise ValueError("the grader needs pytest, which is not installed here: "
                          "python -m pip install -r requirements-dev.txt")

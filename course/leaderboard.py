@@ -145,7 +145,10 @@ def parse_args() -> argparse.Namespace:
                         help="windows of calibration text (default %(default)s)")
     parser.add_argument("--length", type=int, default=256,
                         help="tokens in a window (default %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.samples < 1 or args.length < 2 or not 0 < args.seconds < math.inf:
+        raise ValueError("--samples must be at least 1, --length at least 2, --seconds positive")
+    return args
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import beyond.recover
 import compare.recovery
@@ -236,6 +237,7 @@ def test_texts_take_turns_and_a_seed_decides_all():
     ('[{"instruction": "a", "output": 3}]', "list of objects"), ("{", "list of objects"),
     ('[{"instruction": 3, "output": "a"}]', "list of objects"), ("[" * 9999, "list of objects"),
     ('[{"instruction": "a", "input": null, "output": "b"}]', "list of objects"),
+    ('[{"instruction": "\\ud800", "output": "b"}]', "list of objects"),
     ('[{"output": "x"}]', "KeyError: 'instruction'"),
     ('[{"instruction": "a", "output": "b"}]', "0 instructions whose questions are shorter")])
 def test_a_json_file_of_another_form_is_refused(content, words, small, tmp_path):
@@ -307,7 +309,7 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", dying)
         code, _, err = small(out="killed")
-    assert (code, err.strip()) == (2, "error: interrupted")
+    assert code == 2 and err.endswith("error: interrupted\n") and "--resume goes on there" in err
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.unfinished").is_file()
     code, _, err = small(out="killed")
     assert code == 2 and "--resume" in err
@@ -356,6 +358,35 @@ def test_a_broken_state_is_one_line(small, tmp_path):
     assert code == 2 and "cannot be read" in err and err.count("\n") == 1
 
 
+def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
+        small, tmp_path, monkeypatch):
+    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", -1.0)
+    step, calls = torch.optim.AdamW.step, []
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", dying)
+        small(out="killed")
+    path = tmp_path / "killed.unfinished"
+    good = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = json.loads(meta["facts"])
+    for wrong in ([], {}, facts | {"steps": 99}, facts | {"steps": -3}, facts | {"dense": "x"},
+                  facts | {"held_out": [3]}):
+        save_file(tensors, path, meta | {"facts": json.dumps(wrong)})
+        code, _, err = small("--resume", out="killed")
+        assert code == 2 and "cannot be read" in err and err.count("\n") == 1
+    path.write_bytes(good)
+    code, _, err = small("--resume", "--ckpt", f"{tmp_path}/./small/", out="killed")
+    assert code == 0, err
+
+
 def test_a_result_can_be_recovered_again(small, tmp_path, ckpt, text_file, cli):
     assert small()[0] == 0
     code, _, err = cli(beyond.recover.main, "--ckpt", tmp_path / "recovered", "--teacher", ckpt,
@@ -376,7 +407,9 @@ def test_what_does_not_belong_together_is_refused(ckpt, tmp_path, cli, small, te
     record = json.loads(path.read_text())
     same = [{"blocks": [i]} for i in range(3)]
     for change, words in (({"groups": []}, "does not say"), ({"groups": None}, "does not say"),
-                          ({"groups": same}, "does not say")):
+                          ({"groups": same}, "does not say"), ({"recovery": 3}, "does not say"),
+                          ({"groups": [{"blocks": []}, *record["groups"]]}, "does not say"),
+                          ({"parameters_before": "x"}, "does not say")):
         path.write_text(json.dumps(record | change))
         code, _, err = small()
         assert code == 2 and words in err and err.count("\n") == 1
@@ -389,6 +422,10 @@ def test_the_digest_tells_models_apart_by_any_tensor(tmp_path):
     first, second = (tiny.checkpoint(tmp_path / name) for name in "ab")
     digest = Checkpoint(first).digest()
     assert Checkpoint(second).digest() == digest
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+    assert Checkpoint(second).digest() != digest
+    (second / "config.json").write_text(json.dumps(config))
     for name in ("model.layers.2.mlp.up_proj.weight", "model.norm.weight"):
         tiny.change_tensors(second, lambda tensors, name=name: tensors[name].add_(1e-3))
         assert Checkpoint(second).digest() != digest
@@ -412,7 +449,8 @@ def test_a_teacher_is_not_overwritten_and_wide_blocks_are_refused(ckpt, tmp_path
     (["--steps", "0"], "must be at least 1"),
     (["--last", "9"], "has 3 blocks"),
     (["--ckpt", "nowhere"], "nowhere"),
-    (["--data", "nowhere.json"], "nowhere.json"),
+    (["--data", "nowhere.json"], "no such file"),
+    (["--batch", "100000000000"], "at most"), (["--steps", "1000000000000"], "at most"),
     (["--rate", "nan"], "--rate must be positive"),
     (["--length", "100000"], "fewer than twenty windows"),
     (["--rate", "1e30", "--full"], "is not finite"),
