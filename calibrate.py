@@ -110,7 +110,7 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
 
 
 def spread(tokens: int) -> Tensor:
-    """Choose the SAMPLE of so many tokens, or all if there are fewer. Returns their places.
+    """Choose SAMPLE of the text's tokens, or all if there are fewer. Returns their indices.
 
     The text is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed
     step could meet the same position in every window: the first token, for one, is like no other.

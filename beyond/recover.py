@@ -381,6 +381,34 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, tu
     return texts, draw(held_out, JUDGED, args.length, seed=0), run
 
 
+def learn(student: Transformer, teacher: Transformer, groups: list[list[int]], texts: list,
+          held_out: tuple[Tensor, Tensor], run: dict, unfinished: Path,
+          args: argparse.Namespace) -> dict:
+    """Train the student, from the state in `unfinished` if there is one. Returns the facts."""
+    dtype = student.model["norm"].weight.dtype
+    trained = parts_to_train(student, args)
+    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    teach = partial(lesson, args.loss, student, teacher, groups, checkpointing=args.checkpointing)
+    judge = partial(held_out_loss, batch=held_out, device=args.device)
+    # no cache: it would keep the first bfloat16 copy of weights that change
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16,
+                        enabled=dtype != torch.float32, cache_enabled=False):
+        if unfinished.exists():
+            facts = read_state(unfinished, run, trained, optimizer)
+        else:
+            facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "dense": judge(teacher),
+                     "held_out": [[0, judge(student)]]}
+        save = partial(save_state, unfinished, run, facts, trained, optimizer)
+        try:
+            train(teach, partial(judge, student), texts, optimizer, facts, save, args)
+        except KeyboardInterrupt:
+            if unfinished.exists():
+                print(f"{unfinished} has the run up to its last save; --resume goes on there",
+                      file=sys.stderr)
+            raise
+    return facts
+
+
 def main() -> None:
     args = parse_args()
     source, dense = Checkpoint(args.ckpt), Checkpoint(args.teacher)
@@ -399,27 +427,7 @@ def main() -> None:
         texts, held_out, run = read_lessons(args, source)
         dtype = compute_dtype(args.dtype, args.device, source.dtype)
         student, teacher = (load(path, args.device, dtype) for path in (args.ckpt, args.teacher))
-        trained = parts_to_train(student, args)
-        optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
-        teach = partial(lesson, args.loss, student, teacher, groups,
-                        checkpointing=args.checkpointing)
-        judge = partial(held_out_loss, batch=held_out, device=args.device)
-        # no cache: it would keep the first bfloat16 copy of weights that change
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16,
-                            enabled=dtype != torch.float32, cache_enabled=False):
-            if unfinished.exists():
-                facts = read_state(unfinished, run, trained, optimizer)
-            else:
-                facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "dense": judge(teacher),
-                         "held_out": [[0, judge(student)]]}
-            save = partial(save_state, unfinished, run, facts, trained, optimizer)
-            try:
-                train(teach, partial(judge, student), texts, optimizer, facts, save, args)
-            except KeyboardInterrupt:
-                if unfinished.exists():
-                    print(f"{unfinished} has the run up to its last save; --resume goes on there",
-                          file=sys.stderr)
-                raise
+        facts = learn(student, teacher, groups, texts, held_out, run, unfinished, args)
         merge_lora(student)
         for k, block in enumerate(student.model["layers"]):
             writer.add(trained_or_stored(block.state_dict(), source.block(k)))

@@ -289,6 +289,21 @@ def test_a_run_lowers_the_held_out_loss_of_the_bundled_model(tmp_path, cli):
     assert first[0] == 0 and last[0] == 6 * 4 * 64 and last[1] < first[1] - 0.01
 
 
+def killed(monkeypatch, step: int, small) -> tuple[int, str, str]:
+    """Interrupt a run in this step. All steps before it are saved, from here on."""
+    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", -1.0)
+    update, calls = torch.optim.AdamW.step, []
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return update(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", dying)
+        return small(out="killed")
+
+
 @pytest.mark.parametrize("loss", ["hidden", "come"])
 def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp_path,
                                                                         monkeypatch, loss):
@@ -298,17 +313,7 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
     assert small("--seed", 1, out="other")[0] == 0
     assert weights(tmp_path / "other") != weights(tmp_path / "one")
-    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", -1.0)
-    step, calls = torch.optim.AdamW.step, []
-
-    def dying(self, *args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self, *args)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", dying)
-        code, _, err = small(out="killed")
+    code, _, err = killed(monkeypatch, 3, small)
     assert code == 2 and err.endswith("error: interrupted\n") and "--resume goes on there" in err
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.unfinished").is_file()
     code, _, err = small(out="killed")
@@ -360,17 +365,7 @@ def test_a_broken_state_is_one_line(small, tmp_path):
 
 def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
         small, tmp_path, monkeypatch):
-    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", -1.0)
-    step, calls = torch.optim.AdamW.step, []
-
-    def dying(self, *args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(self, *args)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", dying)
-        small(out="killed")
+    killed(monkeypatch, 4, small)
     path = tmp_path / "killed.unfinished"
     good = path.read_bytes()
     with safe_open(path, "pt") as file:
