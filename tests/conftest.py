@@ -42,3 +42,24 @@ def cli(monkeypatch, capsys):
         lines = err.splitlines(keepends=True)
         return code, out, "".join(line for line in lines if " s each " not in line)
     return call
+
+
+@pytest.fixture
+def psi():
+    """Correlated channels of unequal size, (tokens, F)."""
+    g = torch.Generator().manual_seed(0)
+    mix = torch.randn(tiny.F, tiny.F, generator=g, dtype=torch.float64) / tiny.F ** 0.5
+    mix = mix + 0.5 * tiny.eye(tiny.F)
+    sizes = torch.linspace(0.2, 3, tiny.F, dtype=torch.float64)[torch.randperm(tiny.F, generator=g)]
+    return torch.randn(400, tiny.F, generator=g, dtype=torch.float64) @ mix * sizes
+
+
+@pytest.fixture
+def C(psi):
+    return psi.T @ psi / len(psi)
+
+
+@pytest.fixture
+def W():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(tiny.d, tiny.F, generator=g, dtype=torch.float64)

@@ -5,45 +5,11 @@ These tests hold solutions of exercises, so the student's copy (course/handout.p
 import pytest
 import tiny
 import torch
+from tiny import DROP, KEEP, F, error, eye, n
 from torch.testing import assert_close
 
 from flatten import flatten_blocks, paper, select_groups, selection
 from prune import nystrom_down, regularized_cholesky, ridge_leverage
-
-F, d, n = 12, 7, 5  # channels, outputs, channels to keep
-
-
-def eye(n):
-    return torch.eye(n, dtype=torch.float64)
-
-
-@pytest.fixture
-def psi():
-    """Correlated channels of unequal size, (tokens, F)."""
-    g = torch.Generator().manual_seed(0)
-    mix = torch.randn(F, F, generator=g, dtype=torch.float64) / F ** 0.5 + 0.5 * eye(F)
-    sizes = torch.linspace(0.2, 3, F, dtype=torch.float64)[torch.randperm(F, generator=g)]
-    return torch.randn(400, F, generator=g, dtype=torch.float64) @ mix * sizes
-
-
-@pytest.fixture
-def C(psi):
-    return psi.T @ psi / len(psi)
-
-
-@pytest.fixture
-def W():
-    return torch.randn(d, F, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-KEEP = torch.tensor([0, 3, 4, 8, 11])
-DROP = torch.tensor([1, 2, 5, 6, 7, 9, 10])
-
-
-def error(W_new, W, psi, keep=KEEP):
-    """Return the squared error per token of the kept channels read by W_new."""
-    return float((psi[:, keep] @ W_new.T - psi @ W.T).square().sum() / len(psi))
-
 
 # ---- grouping
 

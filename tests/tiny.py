@@ -162,3 +162,20 @@ def expect(what: str, expected, came, **tolerances) -> None:
     except (AssertionError, TypeError, ValueError):
         raise AssertionError(f"{what}\nexpected: {shown(expected)}\ncame:     "
                              f"{shown(came)}") from None
+
+
+# ---- channels for the tests of pruning; psi, C and W are fixtures in conftest.py
+
+F, d, n = 12, 7, 5  # channels, outputs, channels to keep
+KEEP = torch.tensor([0, 3, 4, 8, 11])
+DROP = torch.tensor([1, 2, 5, 6, 7, 9, 10])
+
+
+def eye(n):
+    """Return the identity in float64."""
+    return torch.eye(n, dtype=torch.float64)
+
+
+def error(W_new, W, psi, keep=KEEP):
+    """Return the squared error per token of the kept channels read by W_new."""
+    return float((psi[:, keep] @ W_new.T - psi @ W.T).square().sum() / len(psi))
