@@ -76,6 +76,9 @@ def windows_of(ids: Tensor, window: int, limit: int | None = None) -> Tensor:
 
     Returns all windows, or the first `limit`.
     """
+    if window < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"a window has at least 2 tokens, and at least one window is needed; got "
+                         f"{window} and {limit}")
     n = len(ids) // window
     if n == 0:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}; "

@@ -25,14 +25,13 @@ PIECE = 1024  # tokens whose logits exist at a time
 
 
 def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean loss of the right tokens, targets (n,), for logits (n, V)."""
-    return F.cross_entropy(logits.float(), targets)
+    """Return the losses (n,) of the right tokens, targets (n,), for logits (n, V)."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def teacher_loss(logits: Tensor, teachers: Tensor) -> Tensor:
-    """Return the mean of KL(p || q) in nats, q of logits (n, V) and p of the teacher's (n, V)."""
-    p, q = teachers.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return kullback_leibler(p, q).mean()
+    """Return KL(p || q) (n,) in nats, q of logits (n, V) and p of the teacher's (n, V)."""
+    return kullback_leibler(teachers.float().log_softmax(-1), logits.float().log_softmax(-1))
 
 
 def hidden_loss(streams: list[Tensor], teachers: list[Tensor]) -> Tensor:
@@ -49,13 +48,12 @@ def balanced(loss: Tensor, other: Tensor) -> Tensor:
     return loss + loss.detach() / other.detach().clamp_min(1e-30) * other
 
 
-def streams(net: Transformer, ids: Tensor, checkpointing: bool = False) -> list[Tensor]:
-    """Return the streams (B, T, C) of ids (B, T): into the first block, and out of each.
+def streams(net: Transformer, x: Tensor, checkpointing: bool = False) -> list[Tensor]:
+    """Return the streams (B, T, C): x, which enters the first block, and what leaves each block.
 
     With checkpointing a block runs again in the backward pass, so its inner values are not kept.
     """
-    xs = [net.model["embed_tokens"](ids)]
-    rope = rope_table(net.config, 0, ids.shape[1], xs[0])
+    xs, rope = [x], rope_table(net.config, 0, x.shape[1], like=x)
     for block in net.model["layers"]:
         xs.append(run(block, xs[-1], rope, checkpointing))
     return xs
@@ -67,14 +65,13 @@ def run(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], checkpointing: boo
 
 
 def in_pieces(loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, others: Tensor) -> Tensor:
-    """Return the mean of a loss over n tokens, for states (n, C) and what belongs to each (n, ...).
+    """Return the losses (n,) of n tokens, for states (n, C) and what belongs to each (n, ...).
 
     A vocabulary is large, so logits exist for a piece of the tokens at a time. They are made again
     in the backward pass.
     """
     pieces = zip(states.split(PIECE), others.split(PIECE), strict=True)
-    parts = [len(x) * checkpoint(loss, x, other, use_reentrant=False) for x, other in pieces]
-    return torch.stack(parts).sum(0) / len(states)
+    return torch.cat([checkpoint(loss, x, other, use_reentrant=False) for x, other in pieces])
 
 
 def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups: list[list[int]],
@@ -94,19 +91,19 @@ def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups:
 
     if loss != "labels":
         with torch.no_grad():
-            ts = streams(teacher, ids)
+            ts = streams(teacher, teacher.model["embed_tokens"](ids))
         joined = [(k, group[0], group[-1] + 1) for k, group in enumerate(groups) if len(group) > 1]
         targets = [pick(ts[stop]) for _, _, stop in joined]
     if loss == "come" and done < 0.5:
         blocks, rope = student.model["layers"], rope_table(student.config, 0, ids.shape[1], ts[0])
         ys = [run(blocks[k], ts[start], rope, checkpointing) for k, start, _ in joined]
         return hidden_loss([pick(y) for y in ys], targets)
-    xs = streams(student, ids, checkpointing)
+    xs = streams(student, student.model["embed_tokens"](ids), checkpointing)
     if loss == "labels":
         return in_pieces(lambda x, y: label_loss(logits(student, x), y),
-                         pick(xs[-1]), ids[:, 1:][predicting])
+                         pick(xs[-1]), ids[:, 1:][predicting]).mean()
     kl = in_pieces(lambda x, t: teacher_loss(logits(student, x), logits(teacher, t)),
-                   pick(xs[-1]), pick(ts[-1]))
+                   pick(xs[-1]), pick(ts[-1])).mean()
     if loss != "hidden":
         return kl
     return balanced(kl, hidden_loss([pick(xs[k + 1]) for k, _, _ in joined], targets))

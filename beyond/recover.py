@@ -240,7 +240,8 @@ def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.O
                     trained[name].device)
             facts = json.loads(file.metadata()["facts"])
             if not (0 < facts["steps"] <= run["steps"] and facts["tokens"] > 0 < facts["seconds"]
-                    and math.isfinite(facts["dense"] + sum(loss for _, loss in facts["held_out"]))):
+                    and math.isfinite(facts.get("dense", 0.0) + sum(
+                        loss for _, loss in facts.get("held_out", [])))):
                 raise KeyError("its facts")
             return facts
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
@@ -278,13 +279,13 @@ def held_out_loss(net: Transformer, batch: tuple[Tensor, Tensor], device: str) -
                for ids, learned, share in micro_batches(batch, device))
 
 
-def train(teach: Callable, judge: Callable[[], float], texts: list,
-          optimizer: torch.optim.Optimizer, facts: dict, save: Callable[[], None],
-          args: argparse.Namespace) -> None:
+def train(teach: Callable, texts: list, optimizer: torch.optim.Optimizer, facts: dict,
+          save: Callable[[], None], args: argparse.Namespace,
+          judge: Callable[[], float] | None = None) -> None:
     """Train from the step that `facts` names to the last, and keep the facts up to date.
 
-    teach(ids, learned, done) returns a loss, judge() the held-out loss, and save() keeps the state.
-    ValueError names the step whose loss is not finite.
+    teach(ids, learned, done) returns a loss, save() keeps the state, and judge() returns the
+    held-out loss, if that is wanted. ValueError names the step whose loss is not finite.
     """
     seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
     trained = optimizer.param_groups[0]["params"]
@@ -308,7 +309,7 @@ def train(teach: Callable, judge: Callable[[], float], texts: list,
         optimizer.zero_grad()
         facts |= {"steps": step + 1, "tokens": facts["tokens"] + int(batch[1].sum()),
                   "seconds": time.monotonic() - begin}
-        if (step + 1) * TIMES // args.steps > step * TIMES // args.steps:
+        if judge and (step + 1) * TIMES // args.steps > step * TIMES // args.steps:
             facts["held_out"].append([facts["tokens"], judge()])
             if not math.isfinite(facts["held_out"][-1][1]):
                 raise ValueError(f"after step {step} the held-out loss is not finite; try a "
@@ -316,6 +317,23 @@ def train(teach: Callable, judge: Callable[[], float], texts: list,
         if time.monotonic() - saved > SAVE_EVERY:
             save()
             saved = time.monotonic()
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `train` and `draw` need, but --rate."""
+    for name, value in {"steps": 500, "batch": 16, "length": 512, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """ValueError for impossible values of these options, or of --rate."""
+    if min(args.steps, args.batch) < 1 or args.length < 2:
+        raise ValueError("--steps and --batch must be at least 1, and --length at least 2")
+    if not 0 < args.rate < math.inf or not 0 <= args.seed < 2**31:
+        raise ValueError("--rate must be positive, and --seed between 0 and 2^31")
+    if args.steps > MOST or args.batch * args.length > MOST:
+        raise ValueError(f"at most {MOST:,} --steps, of at most as many tokens (--batch times "
+                         "--length)")
 
 
 # ---- the command
@@ -333,8 +351,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--last", type=int, default=0, metavar="N",
                         help="train the last N blocks, the final norm and the head, without LoRA")
     parser.add_argument("--full", action="store_true", help="train everything, without LoRA")
-    for name, value in {"steps": 500, "batch": 16, "length": 512, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    add_training_options(parser)
     parser.add_argument("--rate", type=float, help="largest learning rate (default: " + ", ".join(
         f"{name} {value:g}" for name, value in RATES.items()) + ")")
     parser.add_argument("--checkpointing", action="store_true",
@@ -351,19 +368,14 @@ def parse_args() -> argparse.Namespace:
         raise ValueError("--full trains everything and --last a part; give one of them")
     mode = "full" if args.full else "last" if args.last else "lora"
     args.rate = RATES[mode] if args.rate is None else args.rate
-    if min(args.steps, args.batch) < 1 or args.length < 2 or args.last < 0:
-        raise ValueError("--steps and --batch must be at least 1, --length at least 2, --last not "
-                         "negative")
-    if not 0 < args.rate < math.inf or not 0 <= args.seed < 2**31:
-        raise ValueError("--rate must be positive, and --seed between 0 and 2^31")
-    if args.steps > MOST or args.batch * args.length > MOST:
-        raise ValueError(f"at most {MOST:,} --steps, of at most as many tokens (--batch times "
-                         "--length)")
+    if args.last < 0:
+        raise ValueError("--last must not be negative")
+    check_training(args)
     return args
 
 
-def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, tuple, dict]:
-    """Read all of --data. Returns the texts, a held-out batch, and what the run is."""
+def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, list, dict]:
+    """Read all of --data. Returns the texts, the held-out end of each, and what they are."""
     tokenizer, stop = load_tokenizer(source.path), stop_ids(source.path)
     read = [read_lesson(path, tokenizer, stop, args.length) for path in args.data or [None]]
     sha256 = hashlib.sha256()
@@ -372,13 +384,17 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, tu
             check_ids(ids, source.config.vocab_size)
             sha256.update(ids.numpy().tobytes())
     texts, held_out = zip(*(split(text) for text, _ in read), strict=True)
+    return texts, held_out, {"text": " + ".join(name for _, name in read),
+                             "sha256_of_ids": sha256.hexdigest()}
+
+
+def describe(args: argparse.Namespace, source: Checkpoint) -> dict:
+    """Return what the run is, but for its texts: the options, the student, and the command."""
     chosen = {name: getattr(args, name) for name in OPTIONS}
+    given = {name: value for name, value in chosen.items() if value or name == "seed"}
     line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
-                   **{name: value for name, value in chosen.items() if value or name == "seed"})
-    run = {**chosen, "text": " + ".join(name for _, name in read),
-           "student_sha256": source.digest(), "sha256_of_ids": sha256.hexdigest(),
-           "command": line}
-    return texts, draw(held_out, JUDGED, args.length, seed=0), run
+                   **given)
+    return {**chosen, "student_sha256": source.digest(), "command": line}
 
 
 def learn(student: Transformer, teacher: Transformer, groups: list[list[int]], texts: list,
@@ -400,7 +416,7 @@ def learn(student: Transformer, teacher: Transformer, groups: list[list[int]], t
                      "held_out": [[0, judge(student)]]}
         save = partial(save_state, unfinished, run, facts, trained, optimizer)
         try:
-            train(teach, partial(judge, student), texts, optimizer, facts, save, args)
+            train(teach, texts, optimizer, facts, save, args, partial(judge, student))
         except KeyboardInterrupt:
             if unfinished.exists():
                 print(f"{unfinished} has the run up to its last save; --resume goes on there",
@@ -424,7 +440,8 @@ def main() -> None:
         raise ValueError(f"{unfinished} is of a run that has not ended; if it is not running any "
                          "more, --resume goes on with it, or delete it")
     with Writer(out, source, args.overwrite) as writer:
-        texts, held_out, run = read_lessons(args, source)
+        texts, held_out, about = read_lessons(args, source)
+        held_out, run = draw(held_out, JUDGED, args.length, seed=0), describe(args, source) | about
         dtype = compute_dtype(args.dtype, args.device, source.dtype)
         student, teacher = (load(path, args.device, dtype) for path in (args.ckpt, args.teacher))
         facts = learn(student, teacher, groups, texts, held_out, run, unfinished, args)

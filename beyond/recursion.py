@@ -1,38 +1,50 @@
-"""A model that runs all its blocks several times, with connectors from a pass to the next.
+"""Train a model to run all its blocks several times, with connectors from one pass to the next.
 
-After the published description of RecursiveVLM (arXiv 2602.09080), on text alone.
+After the published description of RecursiveVLM (arXiv 2602.09080), on text alone; not a
+reproduction, for its code and data are not public. Tables: docs/looping.md.
 
     E_1     = embedding                            H_l,r: the stream after l blocks in pass r
     E_(r+1) = E_1 + sum over l of gamma_l * (rms(H_l,r) W_l)        l: a quarter, half, ... of all
     loss    = sum over r of mean over tokens of w_r CE_r            CE_r: -log p(token) after pass r
     w_r     = beta if CE_r > CE_(r-1), else 1                       no gradient through w
 
-gamma starts at zero and W at the identity. So before training every pass is the dense model's.
+gamma starts at zero and W at the identity, so before training every pass is the dense model's. The
+blocks stay as they are, or get a LoRA. What is trained is saved, no ordinary checkpoint; the same
+command again goes on from there, or judges it once more.
+
+    python -m beyond.recursion --ckpt PATH [--lora]
+
+Controls: --beta 1, --no-connector, and plain training: --passes 1 --lora, with twice the --steps.
 """
-import os
-import shutil
-from collections.abc import Callable
+import argparse
+import json
+import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from beyond.lessons import in_pieces
-from beyond.recover import micro_batches
-from checkpoint.beside import write_json
-from checkpoint.config import read_json
-from checkpoint.reader import Checkpoint, Weights
-from checkpoint.writer import publish
-from model import Transformer, rope_table, sum_dtype
+import console
+from beyond import recover
+from beyond.lessons import in_pieces, label_loss, streams
+from beyond.lora import add_lora
+from checkpoint.reader import Checkpoint
+from console.options import add_device_options, compute_dtype
+from evaluate import windows_of
+from model import Transformer, check_finite, load, sum_dtype
+from text.tokenizer import load_tokenizer
+from text.wikitext import held_out_text
+
+OPTIONS = ("passes", "beta", "lora", "no_connector", "steps", "batch", "length", "rate", "seed",
+           "dtype", "device")
 
 
 class Connector(nn.Module):
     """Make a pass's start of the pass before: E + sum over places l of gamma_l * (rms(H_l) W_l).
 
-    E is the embedding, and H_l the stream after l blocks, each (B, T, C). W_l starts at the
+    E is the embedding (B, T, C), and H_l = streams[l] the stream after l blocks. W_l starts at the
     identity and gamma_l at zero, so a pass at first starts as the first one did.
     """
 
@@ -46,9 +58,10 @@ class Connector(nn.Module):
         self.eps = net.config.rms_norm_eps
 
     def forward(self, embedding: Tensor, streams: list[Tensor]) -> Tensor:
-        parts, added = zip(self.gamma, self.W, streams, strict=True), 0.0
-        for gamma, W, H in parts:  # a weight of the norm would be part of W
-            added += gamma * (F.rms_norm(H.to(W.dtype), H.shape[-1:], eps=self.eps) @ W)
+        added = 0.0
+        for gamma, W, l in zip(self.gamma, self.W, self.places, strict=True):
+            H = streams[l].to(W.dtype)  # a weight of the norm would be part of W
+            added += gamma * (F.rms_norm(H, H.shape[-1:], eps=self.eps) @ W)
         return embedding + added.to(embedding.dtype)
 
 
@@ -58,24 +71,25 @@ def recursion(net: Transformer, connector: Connector | None, ids: Tensor,
 
     Without a connector a pass starts from the end of the one before.
     """
-    x = embedding = net.model["embed_tokens"](ids)
-    rope, ends = rope_table(net.config, 0, ids.shape[1], like=x), []
-    while True:
-        streams = []
-        for block in net.model["layers"]:
-            x = block(x, rope)
-            streams.append(x)
-        ends.append(x)
-        if len(ends) == passes:
-            return ends
-        if connector:
-            x = connector(embedding, [streams[l - 1] for l in connector.places])
+    embedding = start = net.model["embed_tokens"](ids)
+    ends = []
+    for _ in range(passes):
+        xs = streams(net, start)
+        ends.append(xs[-1])
+        start = connector(embedding, xs) if connector else xs[-1]
+    return ends
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return -log p(target) for each token and pass, (n, R), for logits (n, R, V), targets (n,)."""
-    logs = logits.to(sum_dtype(logits.dtype)).log_softmax(-1)
-    return -logs.gather(-1, targets[:, None, None].expand(-1, logs.shape[1], 1))[..., 0]
+def token_losses(net: Transformer, connector: Connector | None, passes: int, ids: Tensor,
+                 learned: Tensor) -> Tensor:
+    """Return -log p(token) after each pass, (n, R), of the n tokens of ids (B, T) to be learned.
+
+    Those are marked in `learned` (B, T).
+    """
+    predicting = learned[:, 1:]
+    targets, ends = ids[:, 1:][predicting], recursion(net, connector, ids, passes)
+    return torch.stack([in_pieces(lambda x, y: label_loss(net.head(net.model["norm"](x)), y),
+                                  end[:, :-1][predicting], targets) for end in ends], 1)
 
 
 def monotonic_loss(losses: Tensor, beta: float) -> Tensor:
@@ -94,56 +108,85 @@ def improved(losses: Tensor) -> Tensor:
     return better.cumprod(1).double().mean(0)
 
 
-def lesson(net: Transformer, connector: Connector | None, passes: int,
-           summary: Callable[[Tensor], Tensor], ids: Tensor, learned: Tensor,
-           done: float = 0.0) -> Tensor:
-    """Return the mean over tokens of a `summary` of the losses (n, R), e.g. monotonic_loss.
-
-    Of ids (B, T) the tokens in `learned` (B, T) are predicted. `done` is what `train` says.
-    """
-    predicting = learned[:, 1:]
-    states = [x[:, :-1][predicting] for x in recursion(net, connector, ids, passes)]
-    return in_pieces(lambda x, y: summary(token_losses(net.head(net.model["norm"](x)), y)),
-                     torch.stack(states, 1), ids[:, 1:][predicting])
-
-
 @torch.no_grad()
-def judged(net: Transformer, connector: Connector | None, passes: int, windows: Tensor,
-           device: str) -> Tensor:
-    """Return the mean loss of each pass, and the share `improved`, of windows (N, T), (2, R)."""
-    def both(losses: Tensor) -> Tensor:
-        return torch.stack([losses.double().mean(0), improved(losses)])
-    whole = windows, torch.ones_like(windows, dtype=torch.bool)
-    return sum(share * lesson(net, connector, passes, both, ids, learned).cpu()
-               for ids, learned, share in micro_batches(whole, device))
+def judge(net: Transformer, connector: Connector | None, passes: int, windows: Tensor,
+          device: str) -> tuple[list[float], list[float]]:
+    """Return the mean loss of each pass over windows (N, T), and the share `improved`."""
+    everything = windows, torch.ones_like(windows, dtype=torch.bool)
+    losses = torch.cat([token_losses(net, connector, passes, ids, learned).double().cpu()
+                        for ids, learned, _ in recover.micro_batches(everything, device)])
+    check_finite({"the losses": losses}, "loop")
+    return losses.mean(0).tolist(), improved(losses).tolist()
 
 
-# ---- the folder of a trained model
+# ---- the command
+
+def parse_args() -> argparse.Namespace:
+    parser = console.parser("Train a model to run its blocks several times.", __doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the dense model")
+    add("--data", nargs="+", help="texts as for flatten.py; the held-out part of the first judges")
+    add("--max-windows", type=int, help="judge on at most this many windows")
+    add("--passes", type=int, default=2, help="how often all blocks run (default 2)")
+    add("--judge", type=int, help="judge this many passes (default: as many as are trained)")
+    add("--beta", type=float, default=1.5, help="weight of a token made worse (default 1.5)")
+    add("--lora", action="store_true", help="train a LoRA of all blocks, too")
+    add("--no-connector", action="store_true", help="start a pass from the end of the one before")
+    recover.add_training_options(parser)
+    add("--rate", type=float, default=1e-3, help="largest learning rate (default %(default)s)")
+    add("--out", type=Path, help="what is trained (default: out/NAME-loop.safetensors)")
+    add("--rows", type=Path, help="append the result to this file as a JSON line")
+    add_device_options(parser)
+    args = parser.parse_args()
+    recover.check_training(args)
+    args.judge = args.passes if args.judge is None else args.judge
+    if min(args.passes, args.judge, args.beta) < 1 or not math.isfinite(args.beta):
+        raise ValueError("--passes, --judge and --beta must be at least 1")
+    if not args.lora and (args.no_connector or args.passes == 1):
+        raise ValueError("nothing to train: connectors serve the second pass and later ones; give "
+                         "--lora, or --passes 2 without --no-connector")
+    if recover.is_json(args.data):
+        raise ValueError("--data: the first text judges, so it must be plain text")
+    return args
 
 
-def save(out: Path, parts: Weights, record: dict) -> None:
-    """Write loop.safetensors and loop.json into the new folder `out`, both or nothing."""
-    folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        save_file({name: p.detach() for name, p in parts.items()}, folder / "loop.safetensors")
-        write_json(folder / "loop.json", record)
-        publish(folder, out, overwrite=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def main() -> None:
+    args = parse_args()
+    source = Checkpoint(args.ckpt)
+    out = args.out or Path("out") / f"{source.name}-loop.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)  # an OSError now, and not after the work
+    text, name = held_out_text(args.data)
+    windows = windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length,
+                         args.max_windows)
+    texts, _, about = recover.read_lessons(args, source)
+    run = {name: getattr(args, name) for name in OPTIONS} | about | {
+        "source": str(source.path), "source_sha256": source.digest()}
+    net = load(source.path, args.device, compute_dtype(args.dtype, args.device, source.dtype))
+    connector = None if args.no_connector or args.passes == 1 else Connector(net)
+    if args.lora:
+        add_lora(net, args.seed)
+    parts = nn.ModuleDict({"net": net, "connector": connector})
+    trained = {name: p for name, p in parts.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    facts = (recover.read_state(out, run, trained, optimizer) if out.exists()
+             else {"steps": 0, "tokens": 0, "seconds": 0.0})
+    save = partial(recover.save_state, out, run, facts, trained, optimizer)
+
+    def teach(ids: Tensor, learned: Tensor, done: float) -> Tensor:
+        return monotonic_loss(token_losses(net, connector, args.passes, ids, learned), args.beta)
+    recover.train(teach, texts, optimizer, facts, save, args)
+    save()
+    print(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['seconds']:.0f} s; "
+          f"no ordinary checkpoint\njudged on {len(windows)} windows of {args.length} tokens of "
+          f"{name}\n| pass | perplexity | tokens that improved at every pass |\n|---|---|---|")
+    losses, shares = judge(net, connector, args.judge, windows, args.device)
+    for r, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):
+        print(f"| {r} | {math.exp(loss):.4f} | {share:.1%} |")
+    if args.rows:
+        row = run | facts | {"windows": len(windows), "losses": losses, "improved": shares}
+        with open(args.rows, "a") as file:
+            print(json.dumps(row), file=file)
 
 
-def restore(folder: Path, source: Checkpoint, parts: Weights) -> None:
-    """Put what was saved into the parts. ValueError if it is of another source, or other parts."""
-    if read_json(folder / "loop.json").get("source_sha256") != source.digest():
-        raise ValueError(f"{folder} was not trained on {source.path}: its loop.json names another "
-                         "source_sha256; give the --ckpt that it names as source")
-    try:
-        saved = load_file(folder / "loop.safetensors")
-        for name, p in parts.items():
-            p.data.copy_(saved.pop(name))
-        if saved:
-            raise KeyError(min(saved))
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be read, or was trained with another --lora or "
-                         f"--no-connector ({error})") from None
+if __name__ == "__main__":
+    console.run(main)

@@ -7,25 +7,16 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 import beyond.loop
 import beyond.recursion
 import evaluate
-from beyond.loop import loop, looped
+from beyond.loop import Loop, looped
 from beyond.lora import add_lora
-from beyond.recursion import (
-    Connector,
-    improved,
-    judged,
-    lesson,
-    monotonic_loss,
-    recursion,
-    token_losses,
-)
-from model import Block, Transformer
-from text.wikitext import held_out_text
+from beyond.recursion import Connector, improved, judge, monotonic_loss, recursion, token_losses
+from model import Block, Transformer, rope_table
 
 
 def network(blocks: int = 5, dtype=torch.float64, order: list[int] | None = None) -> Transformer:
@@ -61,26 +52,43 @@ def moved(net: Transformer) -> Connector:
 
 # ---- without training
 
+def with_loop(net: Transformer, first: int, last: int, times: int, damped: bool) -> Transformer:
+    net.model["layers"] = looped(net.model["layers"], first, last, times, damped)
+    return net
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("damped", [True, False])
-@pytest.mark.parametrize("window", [(0, 0), (1, 3), (0, 4)])
-def test_a_loop_that_runs_once_is_the_dense_model_bit_for_bit(window, damped, dtype):
+@pytest.mark.parametrize("first, last", [(0, 0), (1, 3), (0, 4)])
+def test_a_loop_that_runs_once_is_the_dense_model_bit_for_bit(first, last, damped, dtype):
     net, ids = network(dtype=dtype), some_ids()
-    assert torch.equal(net.head(looped(net, ids, window, 1, damped)), net(ids))
+    dense = net(ids)
+    assert torch.equal(with_loop(net, first, last, 1, damped)(ids), dense)
+
+
+class Scaling(nn.Module):
+    """Stands in for a block: g(x) = x + a x."""
+
+    def __init__(self, a: Tensor):
+        super().__init__()
+        self.a = a
+
+    def forward(self, x: Tensor, rope: None) -> Tensor:
+        return x + self.a * x
 
 
 @pytest.mark.parametrize("times", [1, 2, 3, 7])
 def test_a_damped_loop_is_a_shorter_step_taken_more_often(times):
-    """g(x) = x + a x is known: damped it gives (1 + a/K)^K x, undamped (1 + a)^K x."""
+    """Of g(x) = x + a x it makes (1 + a/K)^K x, and undamped (1 + a)^K x."""
     x, a = numbers(4, 6), numbers(6, seed=1)
-    assert torch.allclose(loop(lambda x: x + a * x, x, times), (1 + a / times) ** times * x)
-    assert torch.allclose(loop(lambda x: x + a * x, x, times, False), (1 + a) ** times * x)
+    blocks = nn.ModuleList([Scaling(a)])
+    assert torch.allclose(Loop(blocks, times, True)(x, None), (1 + a / times) ** times * x)
+    assert torch.allclose(Loop(blocks, times, False)(x, None), (1 + a) ** times * x)
 
 
 def test_an_undamped_loop_is_the_model_with_its_blocks_repeated():
     ids, written_out = some_ids(), network(order=[0, 1, 2, 1, 2, 1, 2, 3, 4])
-    assert torch.allclose(network().head(looped(network(), ids, (1, 2), 3, damped=False)),
-                          written_out(ids), atol=1e-12)
+    assert torch.allclose(with_loop(network(), 1, 2, 3, False)(ids), written_out(ids), atol=1e-12)
 
 
 # ---- passes
@@ -100,9 +108,9 @@ def test_before_training_every_pass_returns_the_dense_logits_exactly(dtype, lora
 def test_a_connector_is_its_equation():
     net = network(8)
     connector, embedding = moved(net), numbers(2, 3, 32, seed=5)
-    streams = [numbers(2, 3, 32, seed=10 + k) for k in range(4)]
+    streams = [numbers(2, 3, 32, seed=10 + l) for l in range(9)]
     expected = embedding.clone()
-    for gamma, W, H in zip(connector.gamma, connector.W, streams, strict=True):
+    for gamma, W, H in zip(connector.gamma, connector.W, streams[2::2], strict=True):
         rms = (H.square().mean(-1, keepdim=True) + net.config.rms_norm_eps).sqrt()
         expected += gamma * torch.einsum("btc,cd->btd", H / rms, W)
     assert connector.places == [2, 4, 6, 8]
@@ -119,12 +127,12 @@ def test_a_second_pass_starts_from_what_the_connector_makes_of_the_first():
     net, ids = network(), some_ids()
     connector = moved(net)
     embedding = net.model["embed_tokens"](ids)
-    rope = beyond.recursion.rope_table(net.config, 0, ids.shape[1], embedding)
+    rope = rope_table(net.config, 0, ids.shape[1], embedding)
 
     def streams(x):
-        return [x := block(x, rope) for block in net.model["layers"]]
+        return [x, *(x := block(x, rope) for block in net.model["layers"])]
     first = streams(embedding)
-    second = streams(connector(embedding, [first[0], first[1], first[2], first[4]]))
+    second = streams(connector(embedding, first))
     ends = recursion(net, connector, ids, 2)
     assert torch.equal(ends[0], first[-1]) and torch.equal(ends[1], second[-1])
     assert not torch.allclose(ends[0], ends[1])
@@ -160,43 +168,42 @@ def test_no_gradient_flows_through_the_comparison():
     assert torch.allclose(losses.grad, weights / 40)
 
 
-def test_token_losses_are_cross_entropy_of_each_pass():
-    logits, targets = numbers(7, 3, 11), torch.arange(7)
-    expected = [F.cross_entropy(logits[:, r], targets, reduction="none") for r in range(3)]
-    assert torch.allclose(token_losses(logits, targets), torch.stack(expected, 1))
-
-
 def test_improved_counts_tokens_that_get_better_at_every_pass():
     losses = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 2.0], [2.0, 3.0, 1.0], [5.0, 4.0, 0.0]])
     assert improved(losses).tolist() == [1.0, 0.75, 0.5]
 
 
-def test_the_lesson_is_the_loss_written_out():
+def losses_of(net: Transformer, connector: Connector, ids: Tensor) -> Tensor:
+    """The losses of two passes, (B, T - 1, 2), in one go."""
+    logits = [logits_of(net, end)[:, :-1] for end in recursion(net, connector, ids, 2)]
+    return torch.stack([F.cross_entropy(z.transpose(1, 2), ids[:, 1:], reduction="none")
+                        for z in logits], 2)
+
+
+def test_token_losses_are_cross_entropy_of_what_is_to_be_learned():
     net, ids = network(), some_ids()
     connector, learned = moved(net), torch.zeros(3, 10, dtype=torch.bool)
     learned[0, 3:], learned[2, :5] = True, True
-    rows = []
-    for b, t in learned[:, 1:].nonzero().tolist():
-        ends = recursion(net, connector, ids, 2)
-        rows.append([F.cross_entropy(logits_of(net, end)[b, t], ids[b, t + 1]) for end in ends])
-    expected = monotonic_loss(torch.stack([torch.stack(row) for row in rows]), 1.5)
-    loss = lesson(net, connector, 2, partial(monotonic_loss, beta=1.5), ids, learned)
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()))
+    expected = losses_of(net, connector, ids)[learned[:, 1:]]
+    losses = token_losses(net, connector, 2, ids, learned)
+    assert len(losses) == 11 and torch.allclose(losses.double(), expected, atol=1e-5)
+    assert (losses[:, 0] - losses[:, 1]).abs().max() > 0.1
 
 
 def test_the_judge_is_the_mean_over_all_tokens(monkeypatch):
     """However many pieces and batches there are."""
     net, ids = network(), some_ids(5)
     connector = moved(net)
-    whole = judged(net, connector, 2, ids, "cpu")
-    losses = torch.stack([F.cross_entropy(logits_of(net, end)[:, :-1].flatten(0, 1),
-                                          ids[:, 1:].flatten(), reduction="none")
-                          for end in recursion(net, connector, ids, 2)], 1)
-    assert torch.allclose(whole[0], losses.mean(0))
-    assert torch.allclose(whole[1], improved(losses))
+    losses = losses_of(net, connector, ids).flatten(0, 1)
+    expected = [*losses.mean(0).tolist(), *improved(losses).tolist()]
+
+    def judged() -> list[float]:
+        losses, shares = judge(net, connector, 2, ids, "cpu")
+        return losses + shares
+    assert judged() == pytest.approx(expected, abs=1e-5)
     monkeypatch.setattr("model.BATCH_TOKENS", 20)
     monkeypatch.setattr("beyond.lessons.PIECE", 7)
-    assert torch.allclose(judged(net, connector, 2, ids, "cpu"), whole)
+    assert judged() == pytest.approx(expected, abs=1e-5)
 
 
 def test_training_can_start_a_gradient_reaches_the_scales():
@@ -204,97 +211,126 @@ def test_training_can_start_a_gradient_reaches_the_scales():
     net, ids = network(), some_ids()
     connector = Connector(net)
     everything = torch.ones_like(ids, dtype=torch.bool)
-    lesson(net, connector, 2, partial(monotonic_loss, beta=1.5), ids, everything).backward()
+    monotonic_loss(token_losses(net, connector, 2, ids, everything), 1.5).backward()
     assert (connector.gamma.grad != 0).all() and (connector.W.grad == 0).all()
 
 
-# ---- the command
-
-@pytest.fixture
-def call(ckpt, tmp_path, text_file, cli):
-    """Call the command on a tiny model; returns exit code, stdout, stderr."""
-    return partial(cli, beyond.loop.main, "--ckpt", ckpt, "--data", text_file, "--length", 16,
-                   "--device", "cpu", "--out", tmp_path / "loop")
-
-
-TRAIN = ("--passes", 2, "--steps", 4, "--batch", 3, "--rate", 0.01)
-
+# ---- the commands
 
 def cells(out: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
 
 
-def test_the_table_begins_with_the_dense_perplexity(call, ckpt, text_file):
-    code, out, err = call("--window", "1-2", "0-3", "--times", 1, 2)
+@pytest.fixture
+def loop(ckpt, text_file, cli):
+    """Call beyond.loop on a tiny model; returns exit code, stdout, stderr."""
+    return partial(cli, beyond.loop.main, "--ckpt", ckpt, "--data", text_file, "--length", 16,
+                   "--max-windows", 8, "--device", "cpu")
+
+
+@pytest.fixture
+def train(ckpt, tmp_path, text_file, cli):
+    """Call beyond.recursion on a tiny model, in the same way."""
+    return partial(cli, beyond.recursion.main, "--ckpt", ckpt, "--data", text_file, "--length", 16,
+                   "--device", "cpu", "--steps", 4, "--batch", 3, "--rate", 0.01, "--out",
+                   tmp_path / "new" / "loop.safetensors", "--rows", tmp_path / "rows.jsonl")
+
+
+def test_the_table_begins_with_the_dense_perplexity(loop, ckpt, text_file):
+    code, out, err = loop("--window", "1-2", "0-3", "--times", 1, 2)
     assert (code, err) == (0, "")
-    head, *rows = cells(out)
-    assert head == ["blocks", "K = 1", "K = 2"] and [row[0] for row in rows] == ["1-2", "0-3"]
-    dense = evaluate.perplexity(ckpt, held_out_text([str(text_file)])[0], 16).perplexity
-    assert all(float(row[1]) == pytest.approx(dense, abs=1e-3) for row in rows)
-    assert rows[0][2] != rows[1][2] and rows[0][2] != rows[0][1]
-    assert "undamped" in call("--window", "1-2", "--undamped")[1]
+    head, dense, *rows = cells(out)
+    assert head == ["blocks", "K", "damped", "undamped"] and dense[:2] == ["dense", "1"]
+    assert [row[:2] for row in rows] == [["1-2", "1"], ["1-2", "2"], ["0-3", "1"], ["0-3", "2"]]
+    score = evaluate.perplexity(ckpt, text_file.read_text(), 16, 8).perplexity
+    assert float(dense[2]) == pytest.approx(score, abs=1e-3)
+    assert rows[0][2:] == rows[2][2:] == [dense[2], dense[2]]
+    assert len({dense[2], *rows[1][2:], *rows[3][2:]}) == 5
 
 
-@pytest.mark.parametrize("options", [(), ("--lora",), ("--lora", "--no-connector")])
-def test_a_trained_loop_is_saved_and_can_be_judged_again(call, tmp_path, ckpt, options):
-    code, out, err = call(*TRAIN, *options)
+@pytest.mark.parametrize("options", [(), ("--lora",), ("--lora", "--no-connector"),
+                                     ("--lora", "--dtype", "bfloat16")])
+def test_what_is_trained_is_saved_and_the_same_command_judges_it_again(train, tmp_path, ckpt,
+                                                                      options):
+    code, out, err = train(*options)
     assert (code, err) == (0, "")
-    assert sorted(path.name for path in (tmp_path / "loop").iterdir()) == ["loop.json",
-                                                                           "loop.safetensors"]
-    record = json.loads((tmp_path / "loop/loop.json").read_text())
-    assert record["source_sha256"] == beyond.loop.Checkpoint(ckpt).digest()
-    assert record["block_passes"] == 4 * 3 * 16 * 2 * 5 and record["beta"] == 1.5
-    assert [float(row[1]) for row in cells(out)[1:]] == [
-        pytest.approx(math.exp(loss), rel=1e-4) for loss in record["losses"]]
-    again = call("--passes", 2, *options, "--load", tmp_path / "loop", "--out", tmp_path / "other")
-    assert cells(again[1]) == cells(out) and not (tmp_path / "other").exists()
-    names = load_file(tmp_path / "loop/loop.safetensors").keys()
-    assert any("connector" in name for name in names) == ("--no-connector" not in options)
-    assert any(".A" in name for name in names) == ("--lora" in options)
+    path = tmp_path / "new" / "loop.safetensors"
+    with safe_open(path, "pt") as file:
+        names, run = file.keys(), json.loads(file.metadata()["run"])
+        facts = json.loads(file.metadata()["facts"])
+    assert any("connector.W" in name for name in names) == ("--no-connector" not in options)
+    assert any("q_proj.A" in name for name in names) == ("--lora" in options)
+    assert not any("embed_tokens" in name or "frozen" in name for name in names)
+    assert run["source_sha256"] == beyond.recursion.Checkpoint(ckpt).digest()
+    assert run["source"] == str(ckpt) and facts["tokens"] == 4 * 3 * 16
+    before = path.stat().st_mtime_ns
+    again = train(*options, "--judge", 3)[1]
+    assert again.startswith(out) and len(cells(again)) == len(cells(out)) + 1 == 4
+    assert [path] == list(path.parent.iterdir()) and path.stat().st_mtime_ns >= before
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [math.exp(loss) for loss in rows[1]["losses"]] == [
+        pytest.approx(float(row[1]), rel=1e-4) for row in cells(again)[1:]]
+    assert rows[0]["losses"] == rows[1]["losses"][:2] and rows[0]["improved"][0] == 1
 
 
-def test_training_with_connectors_alone_leaves_the_first_pass_and_lowers_the_loss(call, tmp_path):
-    call("--passes", 2, "--steps", 30, "--batch", 8, "--rate", 0.01)
-    record = json.loads((tmp_path / "loop/loop.json").read_text())
-    first = record["held_out"][0][1]
-    assert record["held_out"][-1][1] < first - 0.05
+def test_training_lowers_the_loss_of_the_second_pass_and_connectors_leave_the_first(train,
+                                                                                    tmp_path):
+    train("--steps", 30, "--batch", 8)
+    first, second = json.loads((tmp_path / "rows.jsonl").read_text())["losses"]
+    assert second < first - 0.05
 
 
-def test_a_result_is_never_replaced(call, tmp_path):
-    (tmp_path / "loop").mkdir()
-    code, _, err = call(*TRAIN)
-    assert code == 2 and "exists already" in err and not any((tmp_path / "loop").iterdir())
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(train, tmp_path, monkeypatch):
+    expected = cells(train("--lora")[1])
+    (tmp_path / "new" / "loop.safetensors").unlink()
+    draw, left = beyond.recover.draw, [3]
+
+    def killed(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return draw(*args)
+    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(beyond.recover, "draw", killed)
+    assert train("--lora")[0] == 2
+    left[0] = 1  # one step is left, so a run from the start would be killed again
+    code, out, _ = train("--lora")
+    assert code == 0 and cells(out) == expected
 
 
-def test_a_result_appears_whole_or_not_at_all(call, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("no space left on device")
-    before = set(tmp_path.iterdir())
-    monkeypatch.setattr(beyond.recursion, "write_json", full)
-    code, _, err = call(*TRAIN)
-    assert code == 2 and "no space" in err and set(tmp_path.iterdir()) == before
-
-
-def test_a_loop_of_another_model_or_other_parts_is_refused(call, tmp_path):
-    call(*TRAIN)
+def test_what_was_trained_is_never_replaced(train, tmp_path):
+    train()
+    path = tmp_path / "new" / "loop.safetensors"
+    before = path.read_bytes()
     other = tiny.checkpoint(tmp_path / "other", seed=7)
-    load = ("--passes", 2, "--load", tmp_path / "loop")
-    code, _, err = call(*load, "--ckpt", other)
-    assert code == 2 and "was not trained on" in err and len(err.splitlines()) == 1
-    code, _, err = call(*load, "--lora")
-    assert code == 2 and "another --lora" in err
-    (tmp_path / "loop/loop.safetensors").write_bytes(b"damaged")
-    code, _, err = call(*load)
-    assert code == 2 and "cannot be read" in err
+    for options, words in ((("--lora",), "another lora"), (("--ckpt", other), "source_sha256"),
+                           (("--steps", 5), "another steps")):
+        code, _, err = train(*options)
+        assert code == 2 and words in err and len(err.splitlines()) == 1
+        assert path.read_bytes() == before
+    path.write_bytes(b"damaged")
+    code, _, err = train()
+    assert code == 2 and "cannot be read" in err and path.read_bytes() == b"damaged"
 
 
 @pytest.mark.parametrize("options, words", [
-    ((), "give --window"), (("--window", "1-2", "--passes", 2), "one of them"),
-    (("--window", "3-9"), "no block 9"),
-    (("--window", "0-5", "3-4"), "no block 5"), (("--window", "3-1"), "expected first-last"),
-    (("--window", "1-2", "--times", 0), "at least 1"), (("--passes", 0), "at least 1"),
-    (("--passes", 1), "nothing to train"), (("--passes", 2, "--no-connector"), "nothing to train"),
-    (("--passes", 2, "--beta", 0.5), "--beta"), (("--passes", 2, "--data", "x.json"), "JSON")])
-def test_impossible_wishes_are_one_line(call, options, words):
-    code, _, err = call(*options)
+    ((), "required: --window"), (("--window", "3-9"), "blocks 0-4"),
+    (("--window", "0-5", "3-4"), "blocks 0-4"), (("--window", "3-1"), "expected first-last"),
+    (("--window", "1-2", "--times", 0), "at least 1"),
+    (("--window", "1-2", "--max-windows", 0), "at least one window"),
+    (("--window", "1-2", "--length", 1), "at least 2 tokens")])
+def test_impossible_loops_are_one_line(loop, options, words):
+    code, _, err = loop(*options)
     assert code == 2 and words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--passes", 0), "at least 1"), (("--judge", 0), "at least 1"),
+    (("--beta", 0.5), "at least 1"), (("--beta", "inf"), "at least 1"),
+    (("--passes", 1), "nothing to train"), (("--no-connector",), "nothing to train"),
+    (("--steps", 0), "at least 1"),
+    (("--data", "x.json"), "plain text"), (("--max-windows", 0), "at least one window")])
+def test_impossible_training_is_one_line(train, tmp_path, options, words):
+    code, _, err = train(*options)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "rows.jsonl").exists()
