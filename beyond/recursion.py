@@ -33,7 +33,7 @@ from beyond.lora import add_lora
 from checkpoint.reader import Checkpoint
 from console.options import add_device_options, compute_dtype
 from evaluate import windows_of
-from model import Transformer, check_finite, load, sum_dtype
+from model import Transformer, batches, check_finite, load, sum_dtype
 from text.tokenizer import load_tokenizer
 from text.wikitext import held_out_text
 
@@ -80,16 +80,12 @@ def recursion(net: Transformer, connector: Connector | None, ids: Tensor,
     return ends
 
 
-def token_losses(net: Transformer, connector: Connector | None, passes: int, ids: Tensor,
-                 learned: Tensor) -> Tensor:
-    """Return -log p(token) after each pass, (n, R), of the n tokens of ids (B, T) to be learned.
-
-    Those are marked in `learned` (B, T).
-    """
-    predicting = learned[:, 1:]
-    targets, ends = ids[:, 1:][predicting], recursion(net, connector, ids, passes)
+def token_losses(net: Transformer, connector: Connector | None, passes: int,
+                 ids: Tensor) -> Tensor:
+    """Return -log p(token) after each pass, (n, R), of all tokens of ids (B, T) but the first."""
+    targets, ends = ids[:, 1:].flatten(), recursion(net, connector, ids, passes)
     return torch.stack([in_pieces(lambda x, y: label_loss(net.head(net.model["norm"](x)), y),
-                                  end[:, :-1][predicting], targets) for end in ends], 1)
+                                  end[:, :-1].flatten(0, 1), targets) for end in ends], 1)
 
 
 def monotonic_loss(losses: Tensor, beta: float) -> Tensor:
@@ -112,9 +108,8 @@ def improved(losses: Tensor) -> Tensor:
 def judge(net: Transformer, connector: Connector | None, passes: int, windows: Tensor,
           device: str) -> tuple[list[float], list[float]]:
     """Return the mean loss of each pass over windows (N, T), and the share `improved`."""
-    everything = windows, torch.ones_like(windows, dtype=torch.bool)
-    losses = torch.cat([token_losses(net, connector, passes, ids, learned).double().cpu()
-                        for ids, learned, _ in recover.micro_batches(everything, device)])
+    losses = torch.cat([token_losses(net, connector, passes, windows[rows].to(device)).cpu()
+                        for rows in batches(windows)]).double()
     check_finite({"the losses": losses}, "loop")
     return losses.mean(0).tolist(), improved(losses).tolist()
 
@@ -125,7 +120,7 @@ def parse_args() -> argparse.Namespace:
     parser = console.parser("Train a model to run its blocks several times.", __doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="the dense model")
-    add("--data", nargs="+", help="texts as for flatten.py; the held-out part of the first judges")
+    add("--data", nargs="+", help="plain texts; the held-out part of the first judges")
     add("--max-windows", type=int, help="judge on at most this many windows")
     add("--passes", type=int, default=2, help="how often all blocks run (default 2)")
     add("--judge", type=int, help="judge this many passes (default: as many as are trained)")
@@ -145,8 +140,8 @@ def parse_args() -> argparse.Namespace:
     if not args.lora and (args.no_connector or args.passes == 1):
         raise ValueError("nothing to train: connectors serve the second pass and later ones; give "
                          "--lora, or --passes 2 without --no-connector")
-    if recover.is_json(args.data):
-        raise ValueError("--data: the first text judges, so it must be plain text")
+    if any(path.endswith(".json") for path in args.data or []):
+        raise ValueError("--data: a loop learns from plain text, not from JSON")
     return args
 
 
@@ -173,7 +168,7 @@ def main() -> None:
     save = partial(recover.save_state, out, run, facts, trained, optimizer)
 
     def teach(ids: Tensor, learned: Tensor, done: float) -> Tensor:
-        return monotonic_loss(token_losses(net, connector, args.passes, ids, learned), args.beta)
+        return monotonic_loss(token_losses(net, connector, args.passes, ids), args.beta)
     recover.train(teach, texts, optimizer, facts, save, args)
     save()
     print(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['seconds']:.0f} s; "

@@ -123,7 +123,7 @@ def test_connectors_read_the_stream_after_each_quarter(blocks, places):
     assert Connector(network(order=[0] * blocks)).places == places
 
 
-def test_a_second_pass_starts_from_what_the_connector_makes_of_the_first():
+def test_each_pass_starts_from_the_embedding_and_the_pass_before():
     net, ids = network(), some_ids()
     connector = moved(net)
     embedding = net.model["embed_tokens"](ids)
@@ -133,8 +133,10 @@ def test_a_second_pass_starts_from_what_the_connector_makes_of_the_first():
         return [x, *(x := block(x, rope) for block in net.model["layers"])]
     first = streams(embedding)
     second = streams(connector(embedding, first))
-    ends = recursion(net, connector, ids, 2)
-    assert torch.equal(ends[0], first[-1]) and torch.equal(ends[1], second[-1])
+    third = streams(connector(embedding, second))
+    ends = recursion(net, connector, ids, 3)
+    for end, xs in zip(ends, (first, second, third), strict=True):
+        assert torch.equal(end, xs[-1])
     assert not torch.allclose(ends[0], ends[1])
 
 
@@ -174,19 +176,17 @@ def test_improved_counts_tokens_that_get_better_at_every_pass():
 
 
 def losses_of(net: Transformer, connector: Connector, ids: Tensor) -> Tensor:
-    """The losses of two passes, (B, T - 1, 2), in one go."""
+    """The losses of two passes, (n, 2), in one go."""
     logits = [logits_of(net, end)[:, :-1] for end in recursion(net, connector, ids, 2)]
     return torch.stack([F.cross_entropy(z.transpose(1, 2), ids[:, 1:], reduction="none")
-                        for z in logits], 2)
+                        for z in logits], 2).flatten(0, 1)
 
 
-def test_token_losses_are_cross_entropy_of_what_is_to_be_learned():
+def test_token_losses_are_the_cross_entropy_of_each_pass():
     net, ids = network(), some_ids()
-    connector, learned = moved(net), torch.zeros(3, 10, dtype=torch.bool)
-    learned[0, 3:], learned[2, :5] = True, True
-    expected = losses_of(net, connector, ids)[learned[:, 1:]]
-    losses = token_losses(net, connector, 2, ids, learned)
-    assert len(losses) == 11 and torch.allclose(losses.double(), expected, atol=1e-5)
+    connector = moved(net)
+    losses = token_losses(net, connector, 2, ids)
+    assert torch.allclose(losses.double(), losses_of(net, connector, ids), atol=1e-5)
     assert (losses[:, 0] - losses[:, 1]).abs().max() > 0.1
 
 
@@ -194,7 +194,7 @@ def test_the_judge_is_the_mean_over_all_tokens(monkeypatch):
     """However many pieces and batches there are."""
     net, ids = network(), some_ids(5)
     connector = moved(net)
-    losses = losses_of(net, connector, ids).flatten(0, 1)
+    losses = losses_of(net, connector, ids)
     expected = [*losses.mean(0).tolist(), *improved(losses).tolist()]
 
     def judged() -> list[float]:
@@ -210,8 +210,7 @@ def test_training_can_start_a_gradient_reaches_the_scales():
     """The projections get theirs once the scales have moved; both at zero would stay there."""
     net, ids = network(), some_ids()
     connector = Connector(net)
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    monotonic_loss(token_losses(net, connector, 2, ids, everything), 1.5).backward()
+    monotonic_loss(token_losses(net, connector, 2, ids), 1.5).backward()
     assert (connector.gamma.grad != 0).all() and (connector.W.grad == 0).all()
 
 
@@ -278,6 +277,13 @@ def test_training_lowers_the_loss_of_the_second_pass_and_connectors_leave_the_fi
     train("--steps", 30, "--batch", 8)
     first, second = json.loads((tmp_path / "rows.jsonl").read_text())["losses"]
     assert second < first - 0.05
+
+
+def test_a_token_made_worse_weighs_beta_in_training(train, tmp_path):
+    for beta in (1, 3):
+        train("--beta", beta, "--out", tmp_path / f"{beta}.safetensors")
+    losses = [json.loads(row)["losses"] for row in (tmp_path / "rows.jsonl").open()]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(train, tmp_path, monkeypatch):
