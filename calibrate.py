@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import console
+import parallel
 from checkpoint.reader import Checkpoint
 from console import progress
 from console.options import add_run_options, compute_dtype, defaults
@@ -101,7 +102,7 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
     flat = [x.flatten(0, -2) for x in states]                               # n of (tokens, C)
     step = max(1, 2**22 // (len(flat) * flat[0].shape[1]))  # tokens at a time, for little memory
     total = 0
-    for t in range(0, len(flat[0]), step):
+    for t in range(0, max(1, len(flat[0])), step):
         unit = torch.stack([
             F.normalize(x[t:t + step].to(sum_dtype(x.dtype)), dim=-1).flatten()
             for x in flat])                                                 # (n, step*C)
@@ -109,31 +110,38 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
     return total
 
 
-def spread(tokens: int) -> Tensor:
-    """Choose SAMPLE of the text's tokens, or all if there are fewer. Returns their indices.
+def spread(N: int, T: int) -> Tensor:
+    """Choose SAMPLE of the tokens in N windows, or all if there are fewer, in PIECES pieces.
 
-    The text is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed
-    step could meet the same position in every window: the first token, for one, is like no other.
+    Returns the piece that each token belongs to, (N, T), or -1 if it is not in the sample. The text
+    is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed step
+    could meet the same position in every window: the first token, for one, is like no other.
     """
-    n = min(SAMPLE, tokens)
+    n = min(SAMPLE, N * T)
     chance = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ((torch.arange(n) + chance) * (tokens / n)).long()
+    chosen = ((torch.arange(n) + chance) * (N * T / n)).long()
+    pieces = torch.full((N * T,), -1)
+    pieces[chosen] = torch.arange(n) * PIECES // n
+    return pieces.view(N, T)
 
 
-def mean_cosines(streams: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def mean_cosines(streams: list[Tensor], pieces: Tensor,
+                 device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the mean cosine of every pair of n streams (tokens, C), and its standard error.
 
-    Both are (n, n). The tokens are cut into PIECES of neighbouring ones, and the error is what the
-    differences between these tell. So it is that of other text of the same kind: tokens near each
-    other are alike, and a denser sample of the same windows would not make it smaller.
+    Both are (n, n). pieces (tokens,) says which of PIECES pieces of the text a token is from, and
+    the error is what the differences between these tell. So it is that of other text of the same
+    kind: tokens near each other are alike, and a denser sample of the same windows would not make
+    it smaller.
     """
-    pieces = list(zip(*(x.chunk(PIECES) for x in streams), strict=True))
-    counts = torch.tensor([len(piece[0]) for piece in pieces], dtype=torch.float64)
-    sums = torch.stack([cosine_sums([x.to(device) for x in piece]).cpu().double()
-                        for piece in pieces])                               # (pieces, n, n)
-    mean = sums.sum(0) / counts.sum()
+    own = [pieces == piece for piece in range(PIECES)]
+    counts = parallel.total(torch.stack(own).sum(1).double())               # (PIECES,)
+    sums = torch.stack([cosine_sums([x[rows].to(device) for x in streams]).cpu().double()
+                        for rows in own])                                   # (PIECES, n, n)
+    mean = parallel.total(sums).sum(0) / counts.sum()
     scatter = (sums - mean * counts[:, None, None]).square().sum(0)
-    error = (scatter * len(pieces) / (len(pieces) - 1)).sqrt() / counts.sum()  # NaN for one piece
+    n = int(counts.count_nonzero())
+    error = (scatter * n / (n - 1)).sqrt() / counts.sum() if n > 1 else mean * torch.nan
     return mean, error
 
 
@@ -149,7 +157,9 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     check_finite(outer, "outside the blocks")
-    xs, sample = embed(outer, tokens, runner.dtype), spread(tokens.numel())
+    xs = embed(outer, parallel.share(tokens), runner.dtype)
+    pieces = parallel.share(spread(*tokens.shape)).flatten()
+    sample = (pieces >= 0).nonzero().flatten()
     kept = [xs.flatten(0, 1)[sample]]                       # L + 1 streams (SAMPLE, C)
     sums = torch.zeros(4, L, dtype=torch.float64)
     for i in progress(range(L), "measure: blocks", L):
@@ -162,8 +172,8 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
             sums[:, i] += observed.cpu()
         check_finite({"its output": xs}, f"block {i}")
         kept.append(xs.flatten(0, 1)[sample])
-    similarity, error = mean_cosines(kept, runner.device)
-    variance, attention, mlp, neighbours = sums / tokens.numel()
+    similarity, error = mean_cosines(kept, pieces[sample], runner.device)
+    variance, attention, mlp, neighbours = parallel.total(sums) / tokens.numel()
     for side in (1, -1):
         similarity.diagonal(side).copy_(neighbours)
     return Measurement(similarity, variance, attention, mlp, error)
@@ -224,6 +234,8 @@ def show(measured: Measurement) -> None:
 
 def save(S: Tensor, out: Path) -> None:
     """Write S as an .npy file, which appears complete or not at all."""
+    if parallel.rank():
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     with open(partial, "wb") as file:

@@ -24,12 +24,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import console
+import parallel
 from calibrate import SAMPLE, measure, read_tokens
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
@@ -320,12 +322,13 @@ def check_flattenable(source: Checkpoint) -> None:
                          "attention; such blocks cannot be joined")
 
 
-def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
+def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, memory: Callable,
          largest: int | None = None) -> int:
     """Check what can be known to fail before the long work. Returns the number of merges.
 
     Completes the options: `kind` is a part of the default output's name, `ridge` the default ridge,
-    `largest` the most blocks that a group may have.
+    `largest` the most blocks that a group may have. Without it they are as many as memory allows:
+    memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
     """
     check_flattenable(source)
     defaults(args, {"ridge": ridge})
@@ -338,7 +341,16 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
         text, _ = held_out_text(args.data)
         windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length)
     most = args.max_group or source.config.num_hidden_layers
-    return merges_for_ratio(source.config, args.ratio, most)
+    merges = merges_for_ratio(source.config, args.ratio, most)
+    if args.max_group is None:
+        dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
+        one = partial(memory, source.config, args.samples, args.length, dtype.itemsize)
+        fitting = forecast.largest_group(one, merges + 1, args.device)
+        if fitting <= merges:
+            args.max_group = fitting
+            print(f"memory allows groups of {fitting} blocks: --max-group {fitting}")
+            return merges_for_ratio(source.config, args.ratio, fitting)
+    return merges
 
 
 def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: Callable,
@@ -401,9 +413,10 @@ def conclude(source: Checkpoint, args: argparse.Namespace, record: dict, S: Tens
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a file, and print its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    """Write a file, and print its name. Of several processes the first does it."""
+    if parallel.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     print(f"wrote {path}")
 
 
@@ -412,16 +425,17 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     if source.is_wide:
         return prune_wide(source, args)
-    merges = plan(source, args, "wide" if args.keep_wide else "flat", PAPER["ridge"])
+    memory = forecast.flattening if args.keep_wide else forecast.pruning
+    merges = plan(source, args, "wide" if args.keep_wide else "flat", PAPER["ridge"], memory)
     if args.dry_run:
-        return foretell(source, args, merges,
-                        forecast.flattening if args.keep_wide else forecast.pruning)
+        return foretell(source, args, merges, memory)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)                   # (N, T)
         runner = start_runner(source, args, text)
         S = measure(source, tokens, runner).S                           # (L, L)
         groups = select_groups(S, merges, args.max_group or len(S))
-        xs = embed(source.outer(), tokens, runner.dtype)                # (N, T, C), enters block 0
+        mine = parallel.share(tokens)                                   # all, in one process
+        xs = embed(source.outer(), mine, runner.dtype)                  # (N, T, C), enters block 0
         halves = keep_wide() if args.keep_wide else paper(runner, args.ridge)
         blocks = merge_groups(source, groups, xs, runner, *with_errors(*halves, runner))
         reports = new_reports(groups, S)
@@ -476,7 +490,7 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
         tokens, text = read_tokens(source.path, args)
         runner = start_runner(source, args, text)
         check_finite(source.outer(), "outside the blocks")
-        xs = embed(source.outer(), tokens, runner.dtype)
+        xs = embed(source.outer(), parallel.share(tokens), runner.dtype)
         groups = [[i] for i in range(len(source.config.widths))]
         halves = with_errors(*paper(runner, args.ridge), runner)
         blocks = merge_groups(source, groups, xs, runner, *halves)

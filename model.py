@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import parallel
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint, Weights
 
@@ -309,9 +310,17 @@ def move(weights: Weights, device: str | torch.device, dtype: torch.dtype) -> We
 # ---- running blocks over the streams of a whole text
 
 def batches(xs: Tensor) -> Iterator[slice]:
-    """Cut the N windows of xs (N, T, ...) into slices of about BATCH_TOKENS tokens each."""
+    """Cut the N windows of xs (N, T, ...) into slices of about BATCH_TOKENS tokens each.
+
+    There is always one slice, if only an empty one: the shape of a sum is known even then.
+    """
     step = max(1, BATCH_TOKENS // xs.shape[1])
-    return (slice(i, i + step) for i in range(0, len(xs), step))
+    return (slice(i, i + step) for i in range(0, max(1, len(xs)), step))
+
+
+def count(xs: Tensor) -> int:
+    """Return how many tokens the streams xs (N, T, ...) of all processes have."""
+    return parallel.total(xs.shape[0] * xs.shape[1])
 
 
 def embed(outer: Weights, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -379,7 +388,8 @@ class Runner:
         terms(*batch) returns a list. A tensor (..., n) in it is summed over tokens to (n,). A pair
         (a (..., A), b (..., B)) is summed to a^T b, (A, B). Of a pair (a, a) only the lower
         triangle is computed. Sums are kept in float32 or better, on the device. This is the one
-        place where anything is summed over the calibration text.
+        place where anything is summed over the calibration text; of several processes each adds up
+        its own windows first.
         """
         totals = []
         for rows in batches(streams[0]):
@@ -394,7 +404,7 @@ class Runner:
                     add_gram(total, a)
                 else:
                     total.addmm_(a.T, b)
-        return totals
+        return [parallel.total(total) for total in totals]
 
 
 def zeros_for(addend: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 import console
 from checkpoint.config import Config
 from checkpoint.reader import Weights
-from model import Block, Runner, check_finite, symmetric
+from model import Block, Runner, check_finite, count, symmetric
 
 # ---- heads
 
@@ -188,7 +188,7 @@ def head_sizes(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     """
     def sizes(x: Tensor) -> list[Tensor]:
         return [block.self_attn.heads(block.input_layernorm(x), runner.rope).abs()]
-    return runner.sums([xs], sizes)[0] / (xs.shape[0] * xs.shape[1])
+    return runner.sums([xs], sizes)[0] / count(xs)
 
 
 @torch.inference_mode()
@@ -200,7 +200,7 @@ def channel_covariance(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     def products(x: Tensor) -> list[tuple[Tensor, Tensor]]:
         psi = block.mlp.channels(block.post_attention_layernorm(x))
         return [(psi, psi)]
-    return symmetric(runner.sums([xs], products)[0]).div_(xs.shape[0] * xs.shape[1])
+    return symmetric(runner.sums([xs], products)[0]).div_(count(xs))
 
 
 def score_heads(block: Weights, xs: Tensor, runner: Runner) -> Tensor:

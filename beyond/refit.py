@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import console
+import parallel
 from beyond.grouping import LARGEST, damages, least_damage
 from beyond.regression import (
     RIDGE,
@@ -108,8 +109,10 @@ def few(xs: Tensor, tokens: int | None = None) -> Tensor:
 
     The copy holds at most `tokens` tokens, but always one window.
     """
-    n = min(FEW, len(xs), max(1, tokens // xs.shape[1]) if tokens else FEW)
-    return xs[[i * len(xs) // n for i in range(n)]]
+    N = parallel.total(len(xs))
+    n = min(FEW, N, max(1, tokens // xs.shape[1]) if tokens else FEW)
+    chosen = {i * N // n for i in range(n)}
+    return xs[[k for k, i in enumerate(parallel.share(range(N))) if i in chosen]]
 
 
 def stored(V: Tensor, like: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ def mix_heads(attention: Attention, n: Tensor,
     """
     q, k, _ = attention.project(n, rope)
     (B, KV, T, D), o_proj = k.shape, attention.o_proj.weight
-    q, k = q.view(B, KV, -1, T, D), k[:, :, None]                       # (B, KV, H/KV or 1, T, D)
+    q, k = q.unflatten(1, (KV, -1)), k[:, :, None]                      # (B, KV, H/KV or 1, T, D)
     scores = q @ k.transpose(-1, -2) / D ** 0.5                         # (B, KV, H/KV, T, T)
     later = torch.ones(T, T, dtype=torch.bool, device=n.device).triu(1)
     pattern = scores.masked_fill_(later, -torch.inf).softmax(-1)
@@ -200,7 +203,7 @@ def mix_heads(attention: Attention, n: Tensor,
         return heads.permute(0, 3, 1, 2, 4).flatten(2) @ o_proj.T       # (B, T, C)
 
     def unmix(r: Tensor) -> Tensor:
-        heads = (r @ o_proj).view(B, T, KV, -1, D).permute(0, 2, 3, 1, 4)
+        heads = (r @ o_proj).unflatten(2, (KV, -1, D)).permute(0, 2, 3, 1, 4)
         v = (pattern.transpose(-1, -2) @ heads).sum(2)                  # (B, KV, T, D)
         return v.transpose(1, 2).flatten(2)                             # (B, T, KV*D)
 
@@ -539,7 +542,7 @@ def main() -> None:
     args = parse_args()
     source = Checkpoint(args.ckpt)
     by_damage = args.group_by == "damage"
-    merges = plan(source, args, "refit", RIDGE, LARGEST if by_damage else None)
+    merges = plan(source, args, "refit", RIDGE, fitting, LARGEST if by_damage else None)
     if args.dry_run:
         trials = args.max_group - 1 if by_damage else 0  # a pass for each size of group
         return foretell(source, args, merges, fitting, passes=2 + trials)
@@ -555,7 +558,8 @@ def main() -> None:
             groups = least_damage(damage, len(S), merges)
         else:
             groups = select_groups(S, merges, args.max_group or len(S))
-        xs = embed(source.outer(), tokens, runner.dtype)         # (N, T, C), enters block 0
+        mine = parallel.share(tokens)                            # all, in one process
+        xs = embed(source.outer(), mine, runner.dtype)           # (N, T, C), enters block 0
         blocks = refit_groups(source, groups, xs, runner, args.ridge)
         reports = new_reports(groups, S)
         for block in tell(blocks, source, groups, reports):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from model import Runner, sum_dtype
+from model import Runner, count, sum_dtype
 from prune import absolute_ridge, regularized_cholesky
 
 RIDGE = 3.0   # of every problem here, see ridge_of
@@ -22,7 +22,7 @@ STEPS = 64    # channels are eliminated in about this many batches
 @torch.inference_mode()
 def means(runner: Runner, streams: Sequence[Tensor], terms: Callable) -> list[Tensor]:
     """Return means over tokens of what Runner.sums adds up, in float64."""
-    tokens = streams[0].shape[0] * streams[0].shape[1]
+    tokens = count(streams[0])
     return [total.double().div_(tokens) for total in runner.sums(streams, terms)]
 
 
@@ -43,7 +43,7 @@ def ridge_of(features: int, xs: Tensor, ridge: float = RIDGE) -> float:
     It is ridge * features / tokens, in mean eigenvalues of A = E[z^T z]. The more unknowns there
     are for each token, the less they can be trusted (Hoerl, Kennard and Baldwin 1975).
     """
-    return ridge * features / (xs.shape[0] * xs.shape[1])
+    return ridge * features / count(xs)
 
 
 def ridged(A: Tensor, multiple: float) -> tuple[Tensor, float]:

@@ -12,6 +12,8 @@ OUT also gets the table (table.md) and, with matplotlib, two figures.
     python -m compare --ckpt PATH                      every method; minutes for a small model
     python -m compare --ckpt PATH --ratios 0.1 0.2 --methods flattengpt shortgpt sleb --seeds 3
     python -m compare --ckpt PATH --methods shortgpt --save out/models       writes checkpoints, too
+
+Under torchrun each process takes some of the cells. The one that ends last writes the whole table.
 """
 import argparse
 import hashlib
@@ -287,12 +289,13 @@ def main() -> None:
     settings = bench.settings()
     out = args.out or Path("out") / f"compare-{source.name}"
     rows = read_rows(out, settings)
-    left = cells_left(rows, args, source)
+    number, processes = (int(os.environ.get(name, unset))  # of torchrun; each takes some cells
+                         for name, unset in (("RANK", 0), ("WORLD_SIZE", 1)))
+    left = cells_left(rows, args, source)[number::processes]
     out.mkdir(parents=True, exist_ok=True)
     for cell in progress(left, "compare: cells", len(left)):
-        row = try_cell(bench, cell, args.save) | {"settings": settings}
-        append_row(out, row)
-        rows = [old for old in rows if cell_of(old) != cell] + [row]
+        append_row(out, try_cell(bench, cell, args.save) | {"settings": settings})
+    rows = read_rows(out, settings)
     text = report(bench, rows)
     (out / "table.md").write_text(text + "\n")
     drawn = figures(rows, next(iter(bench.judged)), out)

@@ -118,11 +118,14 @@ def test_similarity_does_not_depend_on_how_the_text_is_cut(ckpt, monkeypatch):
 
 def test_a_sample_has_one_token_of_each_stretch_at_any_position_of_a_window():
     n, length = calibrate.SAMPLE, 256
-    places = spread(8 * n)
+    pieces = spread(8 * n // length, length)
+    places = (pieces.flatten() >= 0).nonzero().flatten()
     assert torch.equal(places // 8, torch.arange(n))
     counts = (places % length).bincount(minlength=length)
     assert counts.max() < n / 16  # a fixed step would meet 32 positions only
-    assert torch.equal(spread(n - 5), torch.arange(n - 5))
+    assert spread(1, n - 5).min() == 0  # of a short text all tokens
+    cut = pieces[pieces >= 0]           # into pieces of neighbours, all of one size
+    assert torch.equal(cut, torch.arange(calibrate.PIECES).repeat_interleave(n // calibrate.PIECES))
 
 
 def test_distant_streams_are_compared_on_the_sample_and_neighbours_on_all_tokens(ckpt, monkeypatch):
@@ -135,7 +138,7 @@ def test_distant_streams_are_compared_on_the_sample_and_neighbours_on_all_tokens
     whole = measure(source, tokens, run)
     monkeypatch.setattr(calibrate, "SAMPLE", 50)
     part = measure(source, tokens, run)
-    sampled = cosine_sums([x.flatten(0, 1)[spread(13 * 16)] for x in streams]).double() / 50
+    sampled = cosine_sums([x[spread(13, 16) >= 0] for x in streams]).double() / 50
     for i in range(6):
         for j in range(6):
             expected = whole.similarity if abs(i - j) == 1 else sampled
@@ -150,7 +153,7 @@ def test_the_error_of_a_cosine_is_that_of_a_mean_over_pieces(monkeypatch):
     monkeypatch.setattr(calibrate, "PIECES", 2)
     x = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
     y = torch.tensor([[2.0, 0], [0, 3], [0, 1], [1, 0]])
-    mean, error = mean_cosines([x, y], torch.device("cpu"))
+    mean, error = mean_cosines([x, y], torch.tensor([0, 0, 1, 1]), torch.device("cpu"))
     assert_close(mean, torch.tensor([[1, 0.5], [0.5, 1]]).double())
     assert_close(error, torch.tensor([[0, 0.5], [0.5, 0]]).double())
 
