@@ -344,11 +344,14 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, 
     merges = merges_for_ratio(source.config, args.ratio, most)
     if args.max_group is None:
         dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
-        one = partial(memory, source.config, args.samples, args.length, dtype.itemsize)
-        fitting = forecast.largest_group(one, merges + 1, args.device)
+        windows = -(-args.samples // parallel.ranks())
+        group = partial(memory, source.config, windows, args.length, dtype.itemsize)
+        fitting = forecast.largest_group(group, merges + 1, args.device)
+        fitting = int(parallel.whole(torch.tensor([fitting])).min())  # of all processes
         if fitting <= merges:
             args.max_group = fitting
-            print(f"memory allows groups of {fitting} blocks: --max-group {fitting}")
+            print(f"the free memory is too little for groups of {fitting + 1} blocks: --max-group "
+                  f"{fitting} (another one can be given)")
             return merges_for_ratio(source.config, args.ratio, fitting)
     return merges
 
@@ -506,4 +509,4 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

@@ -284,10 +284,10 @@ def held_out_loss(net: Transformer, batch: tuple[Tensor, Tensor], device: str) -
 
 def sum_gradients(trained: list[Tensor]) -> None:
     """Sum the gradients of all processes, where any process has one."""
-    for p in trained:
-        if parallel.total(int(p.grad is not None)):
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            parallel.total(p.grad)
+    processes = parallel.total(torch.tensor([int(p.grad is not None) for p in trained]))
+    for p in (p for p, n in zip(trained, processes, strict=True) if n):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        parallel.total(p.grad)
 
 
 def train(teach: Callable, judge: Callable[[], float], texts: list,
@@ -389,7 +389,7 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, tu
     chosen = {name: getattr(args, name) for name in OPTIONS}
     line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
                    **{name: value for name, value in chosen.items() if value or name == "seed"})
-    run = {**chosen, "text": " + ".join(name for _, name in read),
+    run = {**chosen, "processes": parallel.ranks(), "text": " + ".join(name for _, name in read),
            "student_sha256": source.digest(), "sha256_of_ids": sha256.hexdigest(),
            "command": line}
     return texts, draw(held_out, JUDGED, args.length, seed=0), run
@@ -459,4 +459,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

@@ -575,4 +575,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

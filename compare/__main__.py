@@ -2,4 +2,4 @@
 import console
 from compare.harness import main
 
-console.run(main, together=False)
+console.run(main, torchrun="apart")

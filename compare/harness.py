@@ -13,7 +13,7 @@ OUT also gets the table (table.md) and, with matplotlib, two figures.
     python -m compare --ckpt PATH --ratios 0.1 0.2 --methods flattengpt shortgpt sleb --seeds 3
     python -m compare --ckpt PATH --methods shortgpt --save out/models       writes checkpoints, too
 
-Under torchrun each process takes some of the cells. The one that ends last writes the whole table.
+Under torchrun each process takes some of the cells, and the one that ends last writes the table.
 """
 import argparse
 import hashlib
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import console
+import parallel
 from calibrate import mixed_tokens, read_texts
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer, check_output
@@ -289,13 +290,15 @@ def main() -> None:
     settings = bench.settings()
     out = args.out or Path("out") / f"compare-{source.name}"
     rows = read_rows(out, settings)
-    number, processes = (int(os.environ.get(name, unset))  # of torchrun; each takes some cells
-                         for name, unset in (("RANK", 0), ("WORLD_SIZE", 1)))
-    left = cells_left(rows, args, source)[number::processes]
+    asked, (number, processes) = cells(args.ratios, args.methods, args.seeds), parallel.started()
+    left = [cell for cell in cells_left(rows, args, source) if cell in asked[number::processes]]
     out.mkdir(parents=True, exist_ok=True)
     for cell in progress(left, "compare: cells", len(left)):
         append_row(out, try_cell(bench, cell, args.save) | {"settings": settings})
-    rows = read_rows(out, settings)
+    rows = read_rows(out, settings, repair=False)
+    if others := set(asked) - set(map(cell_of, rows)):
+        print(f"{len(others)} cells are still with other processes; the last writes the table")
+        return
     text = report(bench, rows)
     (out / "table.md").write_text(text + "\n")
     drawn = figures(rows, next(iter(bench.judged)), out)

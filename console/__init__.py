@@ -20,12 +20,12 @@ LESS = {"--samples": "fewer --samples", "--length": "a smaller --length",
 running = None  # the parser of the command that runs, which knows its options
 
 
-def run(main: Callable[[], None], together: bool = True) -> None:
+def run(main: Callable[[], None], torchrun: str | None = None) -> None:
     """Run a command's main(). A user's mistake or an interruption leaves one line and exit code 2.
 
     Mistakes are ValueError, OSError and running out of memory. Anything else is a bug, whose
-    traceback is shown. FLATTENGPT_TRACEBACK=1 shows all tracebacks. `together`: processes that
-    torchrun has started share one run.
+    traceback is shown. FLATTENGPT_TRACEBACK=1 shows all tracebacks. `torchrun` is that
+    of parallel.start.
     """
     stopped = []
 
@@ -39,7 +39,7 @@ def run(main: Callable[[], None], together: bool = True) -> None:
         if not nohup:
             signal.signal(number, stop)  # a kill or a lost connection cleans up, too
     try:
-        parallel.start(together)
+        parallel.start(torchrun)
         main()
     except KeyboardInterrupt:
         fail(INTERRUPTED)

@@ -3,11 +3,13 @@
 The functions are compared in float64, in processes that run this very file; the commands as a user
 starts them.
 """
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from beyond.recover import draw, held_out_loss, sum_gradients
 from beyond.refit import Fit, refit_groups
 from calibrate import measure
 from checkpoint.reader import Checkpoint
+from demo import tour
 from evaluate import divergence, losses, probe, readout
 from flatten import merge_groups, paper, with_errors
 from model import Runner, embed, load
@@ -71,14 +74,9 @@ def made(ckpt: Path, windows: int) -> tuple[dict, list]:
 
 
 def main() -> None:
-    """Make it together with other processes. The last of these writes what came out.
-
-    Asked for no windows, the last process dies instead.
-    """
+    """Make it together with other processes. The last of these writes what came out."""
     ckpt, windows, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    if windows == 0 and parallel.rank() == parallel.ranks() - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    tensors, reports = made(ckpt, windows or 13)
+    tensors, reports = made(ckpt, windows)
     if parallel.rank() == parallel.ranks() - 1:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, out)
         out.with_suffix(".json").write_text(json.dumps(reports))
@@ -95,9 +93,9 @@ def start(processes: int, *words) -> subprocess.Popen:
 def test_processes_make_together_what_one_makes_alone(tmp_path, processes, windows):
     """35 windows do not divide by 2, and of 2 windows the third process has none."""
     ckpt, out = tiny.checkpoint(tmp_path / "tiny"), tmp_path / "out.safetensors"
-    run = start(processes, __file__, ckpt, windows, out)
+    code, _, errors = run(processes, __file__, ckpt, windows, out)
+    assert (code, errors) == (0, [])
     tensors, reports = made(ckpt, windows)
-    assert run.wait(100) == 0, run.stderr.read()
     others = load_file(out)
     assert others.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -112,8 +110,11 @@ def test_processes_make_together_what_one_makes_alone(tmp_path, processes, windo
 
 def run(processes: int, *words) -> tuple[int, str, str]:
     """Run a command by torchrun. Returns its exit code, stdout, and the lines of errors."""
-    command = start(processes, *words)
-    out, err = command.communicate(timeout=100)
+    with start(processes, *words) as command:
+        try:
+            out, err = command.communicate(timeout=100)
+        finally:
+            command.terminate()  # torchrun ends its processes
     return command.returncode, out, [line for line in err.splitlines() if line.startswith("error")]
 
 
@@ -148,10 +149,36 @@ def test_a_mistake_of_all_processes_is_told_once_and_leaves_nothing(ckpt, text_f
     assert not out.parent.exists()
 
 
-def test_a_process_that_is_killed_ends_the_others_with_at_most_one_line(ckpt, tmp_path):
-    code, _, errors = run(2, __file__, ckpt, 0, tmp_path / "out.safetensors")
-    assert code != 0 and len(errors) <= 1  # none if torchrun is faster than what says so
-    assert not (tmp_path / "out.safetensors").exists()
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_process_that_is_killed_ends_the_others_and_leaves_nothing(tmp_path):
+    out = tmp_path / "results" / "out"
+    with start(2, "-m", "beyond.refit", "--ckpt", "demo/checkpoint", "--data", "python",
+               "--samples", 300, "--length", 256, "--no-eval", "--out", out) as command:
+        try:
+            while command.poll() is None and not list(out.parent.glob(".out.partial-*")):
+                time.sleep(0.1)
+            second = next(pid for pid in Path("/proc").glob("[0-9]*") if is_rank(pid, 1, command))
+            os.kill(int(second.name), signal.SIGKILL)
+            _, err = command.communicate(timeout=100)
+        finally:
+            command.kill()
+    assert command.returncode != 0 and err.count("\nerror: ") <= 1
+    assert not out.parent.exists()
+
+
+def is_rank(process: Path, rank: int, command: subprocess.Popen) -> bool:
+    """Tell whether a process in /proc is the one of this rank that torchrun has started."""
+    with contextlib.suppress(OSError, IndexError):
+        parent = process.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+        environment = process.joinpath("environ").read_bytes().split(b"\0")
+        return int(parent) == command.pid and f"RANK={rank}".encode() in environment
+    return False
+
+
+def test_a_command_for_one_process_says_so(ckpt, cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = cli(tour.main)
+    assert code == 2 and "start it without torchrun" in error
 
 
 def test_compare_shares_its_cells(ckpt, text_file, tmp_path):
@@ -166,4 +193,4 @@ def test_compare_shares_its_cells(ckpt, text_file, tmp_path):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")
