@@ -30,7 +30,8 @@ from model import Block, Runner, batches, check_finite, embed, sum_dtype
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import calibration_text
 
-SAMPLE = 2048  # tokens on which streams that are not neighbours are compared
+ENOUGH = 2**14  # tokens of the text tell how alike its streams are
+SAMPLE = 2048  # of these, tokens on which streams that are not neighbours are compared
 PIECES = 32    # of that sample: their differences tell the error of S
 
 
@@ -110,6 +111,11 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
     return total
 
 
+def windows_measured(N: int, T: int) -> int:
+    """Return how many of N windows of T tokens are measured: ENOUGH tokens, at least one window."""
+    return max(1, min(N, ENOUGH // T))
+
+
 def spread(N: int, T: int) -> Tensor:
     """Choose SAMPLE of the tokens in N windows, or all if there are fewer, in PIECES pieces.
 
@@ -147,16 +153,19 @@ def mean_cosines(streams: list[Tensor], pieces: Tensor,
 
 @torch.inference_mode()
 def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
-    """Pass the tokens (N, T) through all L blocks and measure.
+    """Pass windows of tokens (N, T) through all L blocks and measure.
 
-    All windows pass through a block before the next one is read, so every block is read once.
-    Streams that are neighbours are at hand together, and compared on all tokens. For the others,
-    L + 1 streams are kept, but only of a SAMPLE of tokens, spread over all windows. The memory is
-    that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers. ValueError names
-    a block that holds or makes NaN or infinity.
+    Means over tokens need no more than ENOUGH of them, so of a longer text some windows are taken,
+    evenly spread. They pass through a block before the next one is read, so every block is read
+    once. Streams that are neighbours are at hand together, and compared on all these tokens. For
+    the others, L + 1 streams are kept, but only of a SAMPLE of tokens, spread over the windows. The
+    memory is that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers.
+    ValueError names a block that holds or makes NaN or infinity.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     check_finite(outer, "outside the blocks")
+    N, n = len(tokens), windows_measured(*tokens.shape)
+    tokens = tokens[[i * N // n for i in range(n)]]
     xs = embed(outer, parallel.share(tokens), runner.dtype)
     pieces = parallel.share(spread(*tokens.shape)).flatten()
     sample = (pieces >= 0).nonzero().flatten()
@@ -261,7 +270,8 @@ def main() -> None:
     runner = Runner(source.config, args.length, args.device, dtype)
     measured = measure(source, tokens, runner)
     print(f"{args.ckpt}: {source.config.num_hidden_layers} blocks, on "
-          f"{args.samples} x {args.length} tokens of {name}, seed {args.seed}\n")
+          f"{windows_measured(*tokens.shape)} of {args.samples} windows of {args.length} tokens of "
+          f"{name}, seed {args.seed}\n")
     show(measured)
     save(measured.S, out)
     print(f"\nsaved S to {out}")

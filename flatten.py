@@ -32,7 +32,7 @@ from torch import Tensor
 
 import console
 import parallel
-from calibrate import SAMPLE, measure, read_tokens
+from calibrate import SAMPLE, measure, read_tokens, windows_measured
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer, check_output
@@ -371,9 +371,10 @@ def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: 
           f"{config.num_hidden_layers - merges} blocks, {config.parameters():,} -> "
           f"{config.parameters() - removed:,} parameters, ratio "
           f"{removed / config.parameters():.4f} (asked {args.ratio})")
-    print(f"{passes} passes of at most {args.samples} x {args.length} tokens, each reads every "
-          f"block once: {passes} x {size / 1e6:,.0f} MB")
-    print(forecast.row("first pass", forecast.measuring(*shape, SAMPLE)))
+    first = windows_measured(args.samples, args.length)
+    print(f"one pass of {first} x {args.length} tokens and {passes - 1} of at most {args.samples} "
+          f"x {args.length}, each reads every block once: {passes} x {size / 1e6:,.0f} MB")
+    print(forecast.row("first pass", forecast.measuring(config, first, *shape[2:], SAMPLE)))
     for width in range(2, min(args.max_group or SHOWN_WIDTHS, merges + 1) + 1):
         print(forecast.row(f"{width} blocks", memory(*shape, width)))
     print("nothing has been read but the config, and nothing written (--dry-run)")

@@ -116,6 +116,16 @@ def test_similarity_does_not_depend_on_how_the_text_is_cut(ckpt, monkeypatch):
         assert_close(getattr(small, name), getattr(whole, name), atol=1e-6, rtol=1e-5)
 
 
+def test_of_a_long_text_evenly_spread_windows_are_measured(ckpt, monkeypatch):
+    tokens, source = random_tokens(13, 16), Checkpoint(ckpt)
+    run = tiny.runner(source.config, 16, torch.float32)
+    monkeypatch.setattr(calibrate, "ENOUGH", 5 * 16 + 15)
+    assert calibrate.windows_measured(13, 16) == 5 and calibrate.windows_measured(3, 16) == 3
+    assert calibrate.windows_measured(13, 1000) == 1
+    assert_close(measure(source, tokens, run).S, measure(source, tokens[[0, 2, 5, 7, 10]], run).S)
+    assert float((measure(source, tokens[:5], run).S - measure(source, tokens, run).S).abs().max())
+
+
 def test_a_sample_has_one_token_of_each_stretch_at_any_position_of_a_window():
     n, length = calibrate.SAMPLE, 256
     pieces = spread(8 * n // length, length)

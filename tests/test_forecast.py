@@ -55,7 +55,7 @@ def test_a_dry_run_tells_what_the_run_makes_and_reads_and_writes_nothing(
     code, printed, _ = cli(script.main, *arguments, "--no-eval")
     blocks, sizes = printed[printed.index("wrote"):].split(": ", 1)[1].split(" blocks, ")
     assert code == 0 and f"-> {blocks} blocks, {sizes.strip()}" in told
-    assert f"{passes} passes of at most 8 x 32 tokens" in told
+    assert f"one pass of 8 x 32 tokens and {passes - 1} of at most 8 x 32, each" in told
     streams = sum(forecast.measuring(Checkpoint(ckpt).config, 8, 32, 4, SAMPLE).values())
     assert f"{streams / 1e6:,.0f} MB" in told and told.count("memory, ") == 3
 
