@@ -116,13 +116,31 @@ def test_similarity_does_not_depend_on_how_the_text_is_cut(ckpt, monkeypatch):
         assert_close(getattr(small, name), getattr(whole, name), atol=1e-6, rtol=1e-5)
 
 
-def test_a_sample_has_one_token_of_each_stretch_at_any_position_of_a_window():
+def test_every_token_of_a_short_text_is_in_the_sample():
+    for tokens in (1, 5, calibrate.SAMPLE):
+        tiny.expect(f"the sample of {tokens} tokens", torch.arange(tokens), spread(tokens))
+
+
+@pytest.mark.parametrize("size, tokens", [(4, 12), (4, 10), (2048, 8 * 2048), (2048, 5000)])
+def test_each_stretch_of_the_text_gives_one_token_of_the_sample(monkeypatch, size, tokens):
+    monkeypatch.setattr(calibrate, "SAMPLE", size)
+    places = spread(tokens)
+    assert len(places) == size, f"tokens in the sample\nexpected: {size}\ncame:     {len(places)}"
+    starts = torch.arange(size) * tokens / size  # whole numbers only if `size` divides `tokens`
+    stops = starts + tokens / size
+    inside = (places > starts - 1) & (places < stops)
+    assert inside.all(), (f"a sample of {size} of {tokens} tokens\nexpected: one each from the "
+                          f"stretches that start at {tiny.shown(starts)}\n"
+                          f"came:     {tiny.shown(places)}")
+
+
+def test_a_sample_is_the_same_each_time_and_meets_any_position_of_a_window():
     n, length = calibrate.SAMPLE, 256
     places = spread(8 * n)
-    assert torch.equal(places // 8, torch.arange(n))
-    counts = (places % length).bincount(minlength=length)
-    assert counts.max() < n / 16  # a fixed step would meet 32 positions only
-    assert torch.equal(spread(n - 5), torch.arange(n - 5))
+    tiny.expect("the same sample, drawn again", places, spread(8 * n))
+    most = int((places % length).bincount(minlength=length).max())
+    assert most < n / 16, ("tokens at one position of their windows of 256, at most\n"
+                           f"expected: fewer than {n // 16}\ncame:     {most}")
 
 
 def test_distant_streams_are_compared_on_the_sample_and_neighbours_on_all_tokens(ckpt, monkeypatch):
