@@ -347,7 +347,7 @@ def test_a_methods_own_biases_count_and_some_channel_must_stay():
     left = 4 * cfg.block_parameters() - 5 * (narrow(cfg, heads, channels).block_parameters()
                                              + biases)
     assert 0 <= left < 5 * 3 * 32, f"parameters left\nexpected: 0 to 479\ncame:     {left}"
-    with pytest.raises(ValueError, match="5 blocks cannot lose the parameters of 5 by width"):
+    with pytest.raises(ValueError):
         width.narrower(cfg, 5)
 
 
