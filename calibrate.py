@@ -116,18 +116,21 @@ def windows_measured(N: int, T: int) -> int:
     return max(1, min(N, ENOUGH // T))
 
 
-def spread(N: int, T: int) -> Tensor:
-    """Choose SAMPLE of the tokens in N windows, or all if there are fewer, in PIECES pieces.
+def spread(tokens: int) -> Tensor:
+    """Choose SAMPLE of the text's tokens, or all if there are fewer. Returns their indices.
 
-    Returns the piece that each token belongs to, (N, T), or -1 if it is not in the sample. The text
-    is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed step
-    could meet the same position in every window: the first token, for one, is like no other.
+    The text is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed
+    step could meet the same position in every window: the first token, for one, is like no other.
     """
-    n = min(SAMPLE, N * T)
+    n = min(SAMPLE, tokens)
     chance = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen = ((torch.arange(n) + chance) * (N * T / n)).long()
-    pieces = torch.full((N * T,), -1)
-    pieces[chosen] = torch.arange(n) * PIECES // n
+    return ((torch.arange(n) + chance) * (tokens / n)).long()
+
+
+def pieces_of(N: int, T: int) -> Tensor:
+    """Return which of PIECES pieces each token of the sample is from, (N, T), and -1 for others."""
+    sample, pieces = spread(N * T), torch.full((N * T,), -1)
+    pieces[sample] = torch.arange(len(sample)) * PIECES // len(sample)
     return pieces.view(N, T)
 
 
@@ -167,7 +170,7 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
     N, n = len(tokens), windows_measured(*tokens.shape)
     tokens = tokens[[i * N // n for i in range(n)]]
     xs = embed(outer, parallel.share(tokens), runner.dtype)
-    pieces = parallel.share(spread(*tokens.shape)).flatten()
+    pieces = parallel.share(pieces_of(*tokens.shape)).flatten()
     sample = (pieces >= 0).nonzero().flatten()
     kept = [xs.flatten(0, 1)[sample]]                       # L + 1 streams (SAMPLE, C)
     sums = torch.zeros(4, L, dtype=torch.float64)

@@ -126,16 +126,37 @@ def test_of_a_long_text_evenly_spread_windows_are_measured(ckpt, monkeypatch):
     assert float((measure(source, tokens[:5], run).S - measure(source, tokens, run).S).abs().max())
 
 
-def test_a_sample_has_one_token_of_each_stretch_at_any_position_of_a_window():
+def test_every_token_of_a_short_text_is_in_the_sample():
+    for tokens in (1, 5, calibrate.SAMPLE):
+        tiny.expect(f"the sample of {tokens} tokens", torch.arange(tokens), spread(tokens))
+
+
+@pytest.mark.parametrize("size, tokens", [(4, 12), (4, 10), (2048, 8 * 2048), (2048, 5000)])
+def test_each_stretch_of_the_text_gives_one_token_of_the_sample(monkeypatch, size, tokens):
+    monkeypatch.setattr(calibrate, "SAMPLE", size)
+    places = spread(tokens)
+    assert len(places) == size, f"tokens in the sample\nexpected: {size}\ncame:     {len(places)}"
+    starts = torch.arange(size) * tokens / size  # whole numbers only if `size` divides `tokens`
+    stops = starts + tokens / size
+    inside = (places > starts - 1) & (places < stops)
+    assert inside.all(), (f"a sample of {size} of {tokens} tokens\nexpected: one each from the "
+                          f"stretches that start at {tiny.shown(starts)}\n"
+                          f"came:     {tiny.shown(places)}")
+
+
+def test_a_sample_is_the_same_each_time_and_meets_any_position_of_a_window():
     n, length = calibrate.SAMPLE, 256
-    pieces = spread(8 * n // length, length)
-    places = (pieces.flatten() >= 0).nonzero().flatten()
-    assert torch.equal(places // 8, torch.arange(n))
-    counts = (places % length).bincount(minlength=length)
-    assert counts.max() < n / 16  # a fixed step would meet 32 positions only
-    assert spread(1, n - 5).min() == 0  # of a short text all tokens
-    cut = pieces[pieces >= 0]           # into pieces of neighbours, all of one size
-    assert torch.equal(cut, torch.arange(calibrate.PIECES).repeat_interleave(n // calibrate.PIECES))
+    places = spread(8 * n)
+    tiny.expect("the same sample, drawn again", places, spread(8 * n))
+    most = int((places % length).bincount(minlength=length).max())
+    assert most < n / 64, ("tokens at one position of their windows of 256, at most\n"
+                           f"expected: fewer than {n // 64}\ncame:     {most}")
+
+
+def test_the_sample_is_cut_into_pieces_of_neighbours():
+    pieces, sample = calibrate.pieces_of(64, 256), spread(64 * 256)
+    assert torch.equal((pieces.flatten() >= 0).nonzero().flatten(), sample)
+    assert torch.equal(pieces[pieces >= 0], torch.arange(32).repeat_interleave(64))
 
 
 def test_distant_streams_are_compared_on_the_sample_and_neighbours_on_all_tokens(ckpt, monkeypatch):
@@ -148,7 +169,7 @@ def test_distant_streams_are_compared_on_the_sample_and_neighbours_on_all_tokens
     whole = measure(source, tokens, run)
     monkeypatch.setattr(calibrate, "SAMPLE", 50)
     part = measure(source, tokens, run)
-    sampled = cosine_sums([x[spread(13, 16) >= 0] for x in streams]).double() / 50
+    sampled = cosine_sums([x.flatten(0, 1)[spread(13 * 16)] for x in streams]).double() / 50
     for i in range(6):
         for j in range(6):
             expected = whole.similarity if abs(i - j) == 1 else sampled
