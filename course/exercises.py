@@ -114,6 +114,9 @@ EXERCISES = [
          "solve(P_own, V[units])",
          "M.diagonal() / P.diagonal()",
          "V.norm(dim=1).square() / diagonal")),
+    Exercise(20, "parallel/__init__.py", "whole", "tests/test_parallel.py", (
+        "test_what_each_process_puts_in_place_adds_up_to_the_whole",),
+        ("everything[rank()::ranks()]",)),
 ]
 
 
