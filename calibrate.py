@@ -111,11 +111,12 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
 
 
 def spread(N: int, T: int) -> Tensor:
-    """Choose SAMPLE of the tokens in N windows, or all if there are fewer, in PIECES pieces.
+    """Choose a sample of the tokens in N windows: SAMPLE of them, or all if there are fewer.
 
-    Returns the piece that each token belongs to, (N, T), or -1 if it is not in the sample. The text
-    is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed step
-    could meet the same position in every window: the first token, for one, is like no other.
+    The text is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. (A
+    fixed step could always meet the same position in a window, and the first token, for one, is
+    like no other.) The sample is cut into PIECES pieces, in the order of the text. Returns the
+    piece of each token, (N, T), or -1 for a token that is not in the sample.
     """
     n = min(SAMPLE, N * T)
     chance = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -129,10 +130,10 @@ def mean_cosines(streams: list[Tensor], pieces: Tensor,
                  device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the mean cosine of every pair of n streams (tokens, C), and its standard error.
 
-    Both are (n, n). pieces (tokens,) says which of PIECES pieces of the text a token is from, and
-    the error is what the differences between these tell. So it is that of other text of the same
-    kind: tokens near each other are alike, and a denser sample of the same windows would not make
-    it smaller.
+    Both are (n, n). pieces (tokens,) says which of PIECES pieces of the text a token is from. The
+    error is computed from the differences between the pieces, because tokens near each other are
+    alike. So it says how far other text of the same kind would differ, and a denser sample of the
+    same windows would not make it smaller.
     """
     own = [pieces == piece for piece in range(PIECES)]
     counts = parallel.total(torch.stack(own).sum(1).double())               # (PIECES,)
@@ -149,10 +150,10 @@ def mean_cosines(streams: list[Tensor], pieces: Tensor,
 def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
     """Pass the tokens (N, T) through all L blocks and measure.
 
-    All windows pass through a block before the next one is read, so every block is read once.
-    Streams that are neighbours are at hand together, and compared on all tokens. For the others,
-    L + 1 streams are kept, but only of a SAMPLE of tokens, spread over all windows. The memory is
-    that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers. ValueError names
+    All windows pass through a block before the next one is read, so every block is read once. What
+    enters a block and what leaves it are in memory together, and compared on all tokens. Streams
+    that are further apart are compared on a sample of tokens, of which L + 1 streams are kept. The
+    memory is one stream, N T C numbers, and the sample, (L + 1) SAMPLE C numbers. ValueError names
     a block that holds or makes NaN or infinity.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
@@ -182,18 +183,18 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
 def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Run a block on x (B, T, C). Returns its output and four sums over tokens.
 
-    They are of the stream's variance, of the relative norms of attention and MLP, and of the cosine
-    between x and the output.
+    They are the stream's variance, |attention| / |x|, |MLP| / |the stream it is added to|, and the
+    cosine between x and the output.
     """
     attention = block.attend(x, rope)
     middle = x + attention
     mlp = block.feed(middle)
-    wide = sum_dtype(x.dtype)
-    shares = [(part.to(wide).norm(dim=-1) / base.to(wide).norm(dim=-1).clamp_min(1e-30)).sum()
-              for part, base in ((attention, x), (mlp, middle))]
-    variance = x.to(wide).var(-1, correction=0).sum()
+    dtype = sum_dtype(x.dtype)
+    norms = [(part.to(dtype).norm(dim=-1) / base.to(dtype).norm(dim=-1).clamp_min(1e-30)).sum()
+             for part, base in ((attention, x), (mlp, middle))]
+    variance = x.to(dtype).var(-1, correction=0).sum()
     y = middle + mlp
-    return y, torch.stack([variance, *shares, cosine_sums([x, y])[0, 1]])
+    return y, torch.stack([variance, *norms, cosine_sums([x, y])[0, 1]])
 
 
 def read_texts(tokenizer: Tokenizer, data: list[str] | None) -> tuple[list[Tensor], str]:
