@@ -138,10 +138,10 @@ def mean_cosines(streams: list[Tensor], pieces: Tensor,
                  device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the mean cosine of every pair of n streams (tokens, C), and its standard error.
 
-    Both are (n, n). pieces (tokens,) says which of PIECES pieces of the text a token is from, and
-    the error is what the differences between these tell. So it is that of other text of the same
-    kind: tokens near each other are alike, and a denser sample of the same windows would not make
-    it smaller.
+    Both are (n, n). pieces (tokens,) says which of PIECES pieces of the text a token is from. The
+    error is computed from the differences between the pieces, because tokens near each other are
+    alike. So it says how far other text of the same kind would differ, and a denser sample of the
+    same windows would not make it smaller.
     """
     own = [pieces == piece for piece in range(PIECES)]
     counts = parallel.total(torch.stack(own).sum(1).double())               # (PIECES,)
@@ -194,18 +194,18 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
 def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Run a block on x (B, T, C). Returns its output and four sums over tokens.
 
-    They are of the stream's variance, of the relative norms of attention and MLP, and of the cosine
-    between x and the output.
+    They are the stream's variance, |attention| / |x|, |MLP| / |the stream it is added to|, and the
+    cosine between x and the output.
     """
     attention = block.attend(x, rope)
     middle = x + attention
     mlp = block.feed(middle)
-    wide = sum_dtype(x.dtype)
-    shares = [(part.to(wide).norm(dim=-1) / base.to(wide).norm(dim=-1).clamp_min(1e-30)).sum()
-              for part, base in ((attention, x), (mlp, middle))]
-    variance = x.to(wide).var(-1, correction=0).sum()
+    dtype = sum_dtype(x.dtype)
+    norms = [(part.to(dtype).norm(dim=-1) / base.to(dtype).norm(dim=-1).clamp_min(1e-30)).sum()
+             for part, base in ((attention, x), (mlp, middle))]
+    variance = x.to(dtype).var(-1, correction=0).sum()
     y = middle + mlp
-    return y, torch.stack([variance, *shares, cosine_sums([x, y])[0, 1]])
+    return y, torch.stack([variance, *norms, cosine_sums([x, y])[0, 1]])
 
 
 def read_texts(tokenizer: Tokenizer, data: list[str] | None) -> tuple[list[Tensor], str]:

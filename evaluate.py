@@ -47,10 +47,10 @@ from text.wikitext import evaluation_text
 def relative_error(output: Tensor, target: Tensor, start: Tensor) -> float:
     """Return the mean over tokens of |output - target| / |target - start|.
 
-    It is the error of a block relative to what should have been added to the stream. All three are
-    streams (N, T, C): after the block under test, after the blocks that it stands for, and before
-    both. Tokens to which nothing should have been added do not count; without any other the error
-    is 0.
+    It is the error of a block relative to what it should have added to the stream. All three are
+    streams (N, T, C): `output` after the block under test, `target` after the blocks that it stands
+    for, `start` before both. Tokens to which nothing should be added do not count. If there are no
+    others, the error is 0.
     """
     error = (output.double() - target.double()).norm(dim=-1)
     change = (target.double() - start.double()).norm(dim=-1)
@@ -157,9 +157,9 @@ def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor, device: t
                distance: Callable[[Tensor, Tensor], Tensor] = kullback_leibler) -> float:
     """Return the mean over tokens of the distance between predictions p and q.
 
-    It is KL(p || q), in nats, unless `distance` is another function of their logarithms. p_of makes
-    the logits of p from states xs (N, T, C), and q_of those of q from ys. Logits exist for 1024
-    tokens at a time, as above.
+    p_of makes the logits of p from states xs (N, T, C), and q_of those of q from ys. The distance
+    is KL(p || q), in nats, or another function of log p and log q. Logits exist for 1024 tokens at
+    a time, as above.
     """
     total = 0.0
     for rows in batches(xs):

@@ -11,8 +11,10 @@ Neighbouring blocks read almost the same input. So let them read exactly the sam
 4. prune     keep the best heads and channels, fold in the others    prune.py      prune_heads,
                                                                                    prune_channels
 
-merge_groups takes steps 3 and 4 through the model, group by group: start reading there. The result
-is an ordinary checkpoint with fewer blocks. Paper: FlattenGPT, arXiv 2602.08858.
+Start reading at merge_groups, which takes steps 3 and 4 through the model, group by group. Then
+read `paper`, which says what these steps call, and the functions above them. From "what a run
+reports" on the file is printing and options. The result is an ordinary checkpoint with fewer
+blocks. Paper: FlattenGPT, arXiv 2602.08858.
 
     python flatten.py                                         flatten the bundled checkpoint
     python flatten.py --ckpt PATH --ratio 0.2                 flatten a model, compare perplexity
@@ -63,7 +65,7 @@ READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj
                                     "self_attn.v_proj.weight"),
          "post_attention_layernorm.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
 WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # joined at their inputs
-Halves = tuple[Callable, Callable]  # of a merge: the attention's and the MLP's, see merge_groups
+Halves = tuple[Callable, Callable]  # merge_attention and merge_mlp, see merge_groups
 
 
 # ---- step 2: which blocks
@@ -90,9 +92,9 @@ def merges_for_ratio(config: Config, ratio: float, max_group: int) -> int:
 def mergeable(groups: list[list[int]], max_group: int) -> int:
     """Count how many more merges of neighbours are possible in groups of at most max_group blocks.
 
-    Packs the groups from left to right into bins of max_group blocks. Each bin can become one
-    group, so every group beyond the first of its bin is a merge. A group that is too large already
-    gets a bin of its own.
+    Packs the groups from left to right into bins of at most max_group blocks; a group that is too
+    large already gets a bin of its own. Each bin can become one group. So a bin of k groups allows
+    k - 1 merges: [0] [1] [2] in groups of at most 2 make the bins [0 1] [2], which allow one.
     """
     bins, room = 0, 0
     for group in groups:
@@ -106,10 +108,10 @@ def select_groups(S: Tensor, merges: int, max_group: int) -> list[list[int]]:
     """Choose which blocks to join, from their similarities S (L, L). Returns all L blocks, grouped.
 
     `merges` times, join the two neighbouring groups whose *ends* are most alike (paper Alg. 1). The
-    similarity of groups P, Q is S[first of P, last of Q], so a long group must be alike across its
-    whole span. The algorithm as printed says the same: a merge of (l-1, l) deletes column l-1 and
-    row l of S. A merge that would leave too few for the rest within max_group is passed over. Ties
-    go to the first.
+    similarity of groups P, Q is S[first of P, last of Q]: [2, 3] and [4] have S[2, 4]. So a long
+    group must be alike across its whole span. (The paper says the same in other words: a merge of
+    (l-1, l) deletes column l-1 and row l of S.) A merge is passed over if max_group would then make
+    the remaining ones impossible. Ties go to the first.
     """
     groups = [[i] for i in range(len(S))]
     for left in range(merges, 0, -1):
@@ -162,26 +164,30 @@ def merge_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner,
                  merge_attention: Callable, merge_mlp: Callable) -> Iterator[tuple[Weights, dict]]:
     """Make one block of each group. Yields the blocks in order, each with what it kept.
 
-    xs (N, T, C) is the stream that enters the first group. It passes through every new block, in
-    place, so each group is merged on what the compressed model will feed it. The two callables are
-    the halves of a merge; `paper` makes the paper's. ValueError, naming the group, if a weight or
-    a statistic of the text becomes NaN or infinite.
+    source.block(i) returns the weights of block i. xs (N, T, C) is the stream that enters the first
+    group: N windows of T tokens. It passes through every new block, in place, so each group is
+    merged on what the compressed model will feed it.
+
+    A merge has two halves, and `paper` returns the paper's. merge_attention(members, xs) makes one
+    block of the members and cuts its heads. merge_mlp(block, xs) cuts that block's MLP. Each
+    returns the block and what it kept. ValueError, naming the group, if a weight or a statistic of
+    the text becomes NaN or infinite.
     """
     for group in groups:
         with console.naming(f"blocks {group}"):
             members = [source.block(i) for i in group]
-            block, heads = merge_attention(members, xs)  # one block, attention of ordinary width
+            block, heads = merge_attention(members, xs)
             runner.attend(block, xs)
-            block, channels = merge_mlp(block, xs)       # its MLP, judged on what those heads write
+            block, channels = merge_mlp(block, xs)       # judged on what the kept heads write
             runner.feed(block, xs)                       # the next group sees the compressed model
             check_finite(block, "the merged block")
         yield block, heads | channels
 
 
 def paper(runner: Runner, ridge: float, **options) -> Halves:
-    """Return the halves of the paper's merge: flatten and prune the heads; prune the channels.
+    """Return the halves of the paper's merge, see merge_groups.
 
-    `ridge` is in mean eigenvalues of C. `options` are those of prune_channels.
+    `ridge` is in mean eigenvalues of C, see prune.py. `options` are those of prune_channels.
     """
     def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
         return prune_heads(flatten_blocks(members), xs, runner)
@@ -218,8 +224,9 @@ def errors(members: list[Weights], block: Weights, kept: dict, start: Tensor,
            runner: Runner) -> dict:
     """Measure the errors of a block that was made of the members, on the streams `start` (n, T, C).
 
-    They are relative errors: after flattening, after the best heads and channels have been
-    selected, and after the others have been folded in. A block that was not touched has none.
+    They are relative errors of three blocks: the wide one ("flattened"), the wide one cut to what
+    was kept ("selected"), and the final one, into which the dropped channels are folded
+    ("compensated"). A block that was not touched has none.
     """
     wide, made = flatten_blocks(members), {}
     if len(members) > 1:
@@ -247,7 +254,8 @@ def tell(blocks: Iterator[tuple[Weights, dict]], source: Checkpoint, groups: lis
          reports: list[dict]) -> Iterator[Weights]:
     """Pass on all blocks, complete their reports, and print a line about each merged one.
 
-    `groups` are of the source's blocks.
+    `groups` are of the source's blocks; `reports` name those of the dense model, which differ if
+    the source is wide.
     """
     last = max((k for k, report in enumerate(reports, 1) if len(report["blocks"]) > 1), default=0)
     merged = zip(reports[:last], blocks, strict=False)
