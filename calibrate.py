@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import console
+import parallel
 from checkpoint.reader import Checkpoint
 from console import progress
 from console.options import add_run_options, compute_dtype, defaults
@@ -29,7 +30,8 @@ from model import Block, Runner, batches, check_finite, embed, sum_dtype
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import calibration_text
 
-SAMPLE = 2048  # tokens on which streams that are not neighbours are compared
+ENOUGH = 2**14  # tokens of the text tell how alike its streams are
+SAMPLE = 2048  # of these, tokens on which streams that are not neighbours are compared
 PIECES = 32    # of that sample: their differences tell the error of S
 
 
@@ -101,12 +103,17 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
     flat = [x.flatten(0, -2) for x in states]                               # n of (tokens, C)
     step = max(1, 2**22 // (len(flat) * flat[0].shape[1]))  # tokens at a time, for little memory
     total = 0
-    for t in range(0, len(flat[0]), step):
+    for t in range(0, max(1, len(flat[0])), step):
         unit = torch.stack([
             F.normalize(x[t:t + step].to(sum_dtype(x.dtype)), dim=-1).flatten()
             for x in flat])                                                 # (n, step*C)
         total = total + unit @ unit.T                       # each a dot over tokens and channels
     return total
+
+
+def windows_measured(N: int, T: int) -> int:
+    """Return how many of N windows of T tokens are measured: ENOUGH tokens, at least one window."""
+    return max(1, min(N, ENOUGH // T))
 
 
 def spread(tokens: int) -> Tensor:
@@ -120,36 +127,51 @@ def spread(tokens: int) -> Tensor:
     return ((torch.arange(n) + chance) * (tokens / n)).long()
 
 
-def mean_cosines(streams: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def pieces_of(N: int, T: int) -> Tensor:
+    """Return which of PIECES pieces each token of the sample is from, (N, T), and -1 for others."""
+    sample, pieces = spread(N * T), torch.full((N * T,), -1)
+    pieces[sample] = torch.arange(len(sample)) * PIECES // len(sample)
+    return pieces.view(N, T)
+
+
+def mean_cosines(streams: list[Tensor], pieces: Tensor,
+                 device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the mean cosine of every pair of n streams (tokens, C), and its standard error.
 
-    Both are (n, n). The tokens are cut into PIECES of neighbouring ones, and the error is what the
-    differences between these tell. So it is that of other text of the same kind: tokens near each
-    other are alike, and a denser sample of the same windows would not make it smaller.
+    Both are (n, n). pieces (tokens,) says which of PIECES pieces of the text a token is from. The
+    error is computed from the differences between the pieces, because tokens near each other are
+    alike. So it says how far other text of the same kind would differ, and a denser sample of the
+    same windows would not make it smaller.
     """
-    pieces = list(zip(*(x.chunk(PIECES) for x in streams), strict=True))
-    counts = torch.tensor([len(piece[0]) for piece in pieces], dtype=torch.float64)
-    sums = torch.stack([cosine_sums([x.to(device) for x in piece]).cpu().double()
-                        for piece in pieces])                               # (pieces, n, n)
-    mean = sums.sum(0) / counts.sum()
+    own = [pieces == piece for piece in range(PIECES)]
+    counts = parallel.total(torch.stack(own).sum(1).double())               # (PIECES,)
+    sums = torch.stack([cosine_sums([x[rows].to(device) for x in streams]).cpu().double()
+                        for rows in own])                                   # (PIECES, n, n)
+    mean = parallel.total(sums).sum(0) / counts.sum()
     scatter = (sums - mean * counts[:, None, None]).square().sum(0)
-    error = (scatter * len(pieces) / (len(pieces) - 1)).sqrt() / counts.sum()  # NaN for one piece
+    n = int(counts.count_nonzero())
+    error = (scatter * n / (n - 1)).sqrt() / counts.sum() if n > 1 else mean * torch.nan
     return mean, error
 
 
 @torch.inference_mode()
 def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
-    """Pass the tokens (N, T) through all L blocks and measure.
+    """Pass windows of tokens (N, T) through all L blocks and measure.
 
-    All windows pass through a block before the next one is read, so every block is read once.
-    Streams that are neighbours are at hand together, and compared on all tokens. For the others,
-    L + 1 streams are kept, but only of a SAMPLE of tokens, spread over all windows. The memory is
-    that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers. ValueError names
-    a block that holds or makes NaN or infinity.
+    Means over tokens need no more than ENOUGH of them, so of a longer text some windows are taken,
+    evenly spread. They pass through a block before the next one is read, so every block is read
+    once. Streams that are neighbours are at hand together, and compared on all these tokens. For
+    the others, L + 1 streams are kept, but only of a SAMPLE of tokens, spread over the windows. The
+    memory is that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers.
+    ValueError names a block that holds or makes NaN or infinity.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
     check_finite(outer, "outside the blocks")
-    xs, sample = embed(outer, tokens, runner.dtype), spread(tokens.numel())
+    N, n = len(tokens), windows_measured(*tokens.shape)
+    tokens = tokens[[i * N // n for i in range(n)]]
+    xs = embed(outer, parallel.share(tokens), runner.dtype)
+    pieces = parallel.share(pieces_of(*tokens.shape)).flatten()
+    sample = (pieces >= 0).nonzero().flatten()
     kept = [xs.flatten(0, 1)[sample]]                       # L + 1 streams (SAMPLE, C)
     sums = torch.zeros(4, L, dtype=torch.float64)
     for i in progress(range(L), "measure: blocks", L):
@@ -162,8 +184,8 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
             sums[:, i] += observed.cpu()
         check_finite({"its output": xs}, f"block {i}")
         kept.append(xs.flatten(0, 1)[sample])
-    similarity, error = mean_cosines(kept, runner.device)
-    variance, attention, mlp, neighbours = sums / tokens.numel()
+    similarity, error = mean_cosines(kept, pieces[sample], runner.device)
+    variance, attention, mlp, neighbours = parallel.total(sums) / tokens.numel()
     for side in (1, -1):
         similarity.diagonal(side).copy_(neighbours)
     return Measurement(similarity, variance, attention, mlp, error)
@@ -172,18 +194,18 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
 def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Run a block on x (B, T, C). Returns its output and four sums over tokens.
 
-    They are of the stream's variance, of the relative norms of attention and MLP, and of the cosine
-    between x and the output.
+    They are the stream's variance, |attention| / |x|, |MLP| / |the stream it is added to|, and the
+    cosine between x and the output.
     """
     attention = block.attend(x, rope)
     middle = x + attention
     mlp = block.feed(middle)
-    wide = sum_dtype(x.dtype)
-    shares = [(part.to(wide).norm(dim=-1) / base.to(wide).norm(dim=-1).clamp_min(1e-30)).sum()
-              for part, base in ((attention, x), (mlp, middle))]
-    variance = x.to(wide).var(-1, correction=0).sum()
+    dtype = sum_dtype(x.dtype)
+    norms = [(part.to(dtype).norm(dim=-1) / base.to(dtype).norm(dim=-1).clamp_min(1e-30)).sum()
+             for part, base in ((attention, x), (mlp, middle))]
+    variance = x.to(dtype).var(-1, correction=0).sum()
     y = middle + mlp
-    return y, torch.stack([variance, *shares, cosine_sums([x, y])[0, 1]])
+    return y, torch.stack([variance, *norms, cosine_sums([x, y])[0, 1]])
 
 
 def read_texts(tokenizer: Tokenizer, data: list[str] | None) -> tuple[list[Tensor], str]:
@@ -224,6 +246,8 @@ def show(measured: Measurement) -> None:
 
 def save(S: Tensor, out: Path) -> None:
     """Write S as an .npy file, which appears complete or not at all."""
+    if parallel.rank():
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     with open(partial, "wb") as file:
@@ -249,11 +273,12 @@ def main() -> None:
     runner = Runner(source.config, args.length, args.device, dtype)
     measured = measure(source, tokens, runner)
     print(f"{args.ckpt}: {source.config.num_hidden_layers} blocks, on "
-          f"{args.samples} x {args.length} tokens of {name}, seed {args.seed}\n")
+          f"{windows_measured(*tokens.shape)} of {args.samples} windows of {args.length} tokens of "
+          f"{name}, seed {args.seed}\n")
     show(measured)
     save(measured.S, out)
     print(f"\nsaved S to {out}")
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import console
+import parallel
 from checkpoint.config import read_json
 from checkpoint.reader import Checkpoint, Weights
 from console import progress
@@ -32,6 +33,7 @@ from model import (
     Transformer,
     batches,
     check_finite,
+    count,
     embed,
     generate,
     load,
@@ -45,15 +47,16 @@ from text.wikitext import evaluation_text
 def relative_error(output: Tensor, target: Tensor, start: Tensor) -> float:
     """Return the mean over tokens of |output - target| / |target - start|.
 
-    It is the error of a block relative to what should have been added to the stream. All three are
-    streams (N, T, C): after the block under test, after the blocks that it stands for, and before
-    both. Tokens to which nothing should have been added do not count; without any other the error
-    is 0.
+    It is the error of a block relative to what it should have added to the stream. All three are
+    streams (N, T, C): `output` after the block under test, `target` after the blocks that it stands
+    for, `start` before both. Tokens to which nothing should be added do not count. If there are no
+    others, the error is 0.
     """
     error = (output.double() - target.double()).norm(dim=-1)
     change = (target.double() - start.double()).norm(dim=-1)
     counted = (error / change)[change != 0]
-    return float(counted.mean()) if len(counted) else 0.0
+    tokens = parallel.total(len(counted))
+    return parallel.total(float(counted.sum())) / tokens if tokens else 0.0
 
 
 def through(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
@@ -66,7 +69,8 @@ def through(blocks: list[Weights], xs: Tensor, runner: Runner) -> Tensor:
 
 def probe(xs: Tensor) -> Tensor:
     """Copy the first sixteenth of the windows: enough to measure errors on, and cheap."""
-    return xs[:max(1, len(xs) // 16)].clone()
+    first = range(max(1, parallel.total(len(xs)) // 16))
+    return xs[:len(parallel.share(first))].clone()
 
 
 # ---- losses, and the divergence of two models
@@ -98,7 +102,7 @@ def window_losses(logits_of: Callable, states: Tensor, tokens: Tensor) -> Tensor
         sums = [F.cross_entropy(logits_of(piece).float(), targets, reduction="sum")
                 for piece, targets in pieces]
         means.append(torch.stack(sums).sum() / (len(ids) - 1))
-    return torch.stack(means)
+    return torch.stack(means) if means else torch.zeros(0, device=states.device)
 
 
 @torch.inference_mode()
@@ -156,9 +160,9 @@ def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor, device: t
                distance: Callable[[Tensor, Tensor], Tensor] = kullback_leibler) -> float:
     """Return the mean over tokens of the distance between predictions p and q.
 
-    It is KL(p || q), in nats, unless `distance` is another function of their logarithms. p_of makes
-    the logits of p from states xs (N, T, C), and q_of those of q from ys. Logits exist for 1024
-    tokens at a time, as above.
+    p_of makes the logits of p from states xs (N, T, C), and q_of those of q from ys. The distance
+    is KL(p || q), in nats, or another function of log p and log q. Logits exist for 1024 tokens at
+    a time, as above.
     """
     total = 0.0
     for rows in batches(xs):
@@ -167,7 +171,7 @@ def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor, device: t
             p = p_of(x.to(device)).float().log_softmax(-1)
             q = q_of(y.to(device)).float().log_softmax(-1)
             total += float(distance(p, q).sum())
-    return total / (xs.shape[0] * xs.shape[1])
+    return parallel.total(total) / count(xs)
 
 
 # ---- perplexity
@@ -195,8 +199,9 @@ def perplexity(path: str | Path, text: str, window: int = 2048, limit: int | Non
     dtype = dtype or source.dtype
     net = None if stream else load(path, device, dtype)
     start = time.monotonic()
-    means = (losses_streamed(source, windows, device, dtype) if stream
-             else losses(net, windows, device))
+    mine = parallel.share(windows)
+    means = parallel.whole(losses_streamed(source, mine, device, dtype) if stream
+                           else losses(net, mine, device))
     seconds, result = time.monotonic() - start, means.double().mean().exp()
     check_finite({"the perplexity": result}, str(path))
     return Score(float(result), len(ids), len(windows), seconds)
@@ -290,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

@@ -11,8 +11,10 @@ Neighbouring blocks read almost the same input. So let them read exactly the sam
 4. prune     keep the best heads and channels, fold in the others    prune.py      prune_heads,
                                                                                    prune_channels
 
-merge_groups takes steps 3 and 4 through the model, group by group: start reading there. The result
-is an ordinary checkpoint with fewer blocks. Paper: FlattenGPT, arXiv 2602.08858.
+Start reading at merge_groups, which takes steps 3 and 4 through the model, group by group. Then
+read `paper`, which says what these steps call, and the functions above them. From "what a run
+reports" on the file is printing and options. The result is an ordinary checkpoint with fewer
+blocks. Paper: FlattenGPT, arXiv 2602.08858.
 
     python flatten.py                                         flatten the bundled checkpoint
     python flatten.py --ckpt PATH --ratio 0.2                 flatten a model, compare perplexity
@@ -24,13 +26,15 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import console
-from calibrate import SAMPLE, measure, read_tokens
+import parallel
+from calibrate import SAMPLE, measure, read_tokens, windows_measured
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer, check_output
@@ -61,7 +65,7 @@ READS = {"input_layernorm.weight": ("self_attn.q_proj.weight", "self_attn.k_proj
                                     "self_attn.v_proj.weight"),
          "post_attention_layernorm.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
 WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # joined at their inputs
-Halves = tuple[Callable, Callable]  # of a merge: the attention's and the MLP's, see merge_groups
+Halves = tuple[Callable, Callable]  # merge_attention and merge_mlp, see merge_groups
 
 
 # ---- step 2: which blocks
@@ -88,9 +92,9 @@ def merges_for_ratio(config: Config, ratio: float, max_group: int) -> int:
 def mergeable(groups: list[list[int]], max_group: int) -> int:
     """Count how many more merges of neighbours are possible in groups of at most max_group blocks.
 
-    Packs the groups from left to right into bins of max_group blocks. Each bin can become one
-    group, so every group beyond the first of its bin is a merge. A group that is too large already
-    gets a bin of its own.
+    Packs the groups from left to right into bins of at most max_group blocks; a group that is too
+    large already gets a bin of its own. Each bin can become one group. So a bin of k groups allows
+    k - 1 merges: [0] [1] [2] in groups of at most 2 make the bins [0 1] [2], which allow one.
     """
     bins, room = 0, 0
     for group in groups:
@@ -104,10 +108,10 @@ def select_groups(S: Tensor, merges: int, max_group: int) -> list[list[int]]:
     """Choose which blocks to join, from their similarities S (L, L). Returns all L blocks, grouped.
 
     `merges` times, join the two neighbouring groups whose *ends* are most alike (paper Alg. 1). The
-    similarity of groups P, Q is S[first of P, last of Q], so a long group must be alike across its
-    whole span. The algorithm as printed says the same: a merge of (l-1, l) deletes column l-1 and
-    row l of S. A merge that would leave too few for the rest within max_group is passed over. Ties
-    go to the first.
+    similarity of groups P, Q is S[first of P, last of Q]: [2, 3] and [4] have S[2, 4]. So a long
+    group must be alike across its whole span. (The paper says the same in other words: a merge of
+    (l-1, l) deletes column l-1 and row l of S.) A merge is passed over if max_group would then make
+    the remaining ones impossible. Ties go to the first.
     """
     groups = [[i] for i in range(len(S))]
     for left in range(merges, 0, -1):
@@ -160,26 +164,30 @@ def merge_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner,
                  merge_attention: Callable, merge_mlp: Callable) -> Iterator[tuple[Weights, dict]]:
     """Make one block of each group. Yields the blocks in order, each with what it kept.
 
-    xs (N, T, C) is the stream that enters the first group. It passes through every new block, in
-    place, so each group is merged on what the compressed model will feed it. The two callables are
-    the halves of a merge; `paper` makes the paper's. ValueError, naming the group, if a weight or
-    a statistic of the text becomes NaN or infinite.
+    source.block(i) returns the weights of block i. xs (N, T, C) is the stream that enters the first
+    group: N windows of T tokens. It passes through every new block, in place, so each group is
+    merged on what the compressed model will feed it.
+
+    A merge has two halves, and `paper` returns the paper's. merge_attention(members, xs) makes one
+    block of the members and cuts its heads. merge_mlp(block, xs) cuts that block's MLP. Each
+    returns the block and what it kept. ValueError, naming the group, if a weight or a statistic of
+    the text becomes NaN or infinite.
     """
     for group in groups:
         with console.naming(f"blocks {group}"):
             members = [source.block(i) for i in group]
-            block, heads = merge_attention(members, xs)  # one block, attention of ordinary width
+            block, heads = merge_attention(members, xs)
             runner.attend(block, xs)
-            block, channels = merge_mlp(block, xs)       # its MLP, judged on what those heads write
+            block, channels = merge_mlp(block, xs)       # judged on what the kept heads write
             runner.feed(block, xs)                       # the next group sees the compressed model
             check_finite(block, "the merged block")
         yield block, heads | channels
 
 
 def paper(runner: Runner, ridge: float, **options) -> Halves:
-    """Return the halves of the paper's merge: flatten and prune the heads; prune the channels.
+    """Return the halves of the paper's merge, see merge_groups.
 
-    `ridge` is in mean eigenvalues of C. `options` are those of prune_channels.
+    `ridge` is in mean eigenvalues of C, see prune.py. `options` are those of prune_channels.
     """
     def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
         return prune_heads(flatten_blocks(members), xs, runner)
@@ -216,8 +224,9 @@ def errors(members: list[Weights], block: Weights, kept: dict, start: Tensor,
            runner: Runner) -> dict:
     """Measure the errors of a block that was made of the members, on the streams `start` (n, T, C).
 
-    They are relative errors: after flattening, after the best heads and channels have been
-    selected, and after the others have been folded in. A block that was not touched has none.
+    They are relative errors of three blocks: the wide one ("flattened"), the wide one cut to what
+    was kept ("selected"), and the final one, into which the dropped channels are folded
+    ("compensated"). A block that was not touched has none.
     """
     wide, made = flatten_blocks(members), {}
     if len(members) > 1:
@@ -245,7 +254,8 @@ def tell(blocks: Iterator[tuple[Weights, dict]], source: Checkpoint, groups: lis
          reports: list[dict]) -> Iterator[Weights]:
     """Pass on all blocks, complete their reports, and print a line about each merged one.
 
-    `groups` are of the source's blocks.
+    `groups` are of the source's blocks; `reports` name those of the dense model, which differ if
+    the source is wide.
     """
     last = max((k for k, report in enumerate(reports, 1) if len(report["blocks"]) > 1), default=0)
     merged = zip(reports[:last], blocks, strict=False)
@@ -320,12 +330,13 @@ def check_flattenable(source: Checkpoint) -> None:
                          "attention; such blocks cannot be joined")
 
 
-def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
+def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, memory: Callable,
          largest: int | None = None) -> int:
     """Check what can be known to fail before the long work. Returns the number of merges.
 
     Completes the options: `kind` is a part of the default output's name, `ridge` the default ridge,
-    `largest` the most blocks that a group may have.
+    `largest` the most blocks that a group may have. Without it they are as many as memory allows:
+    memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
     """
     check_flattenable(source)
     defaults(args, {"ridge": ridge})
@@ -338,7 +349,19 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float,
         text, _ = held_out_text(args.data)
         windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length)
     most = args.max_group or source.config.num_hidden_layers
-    return merges_for_ratio(source.config, args.ratio, most)
+    merges = merges_for_ratio(source.config, args.ratio, most)
+    if args.max_group is None:
+        dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
+        windows = -(-args.samples // parallel.ranks())
+        group = partial(memory, source.config, windows, args.length, dtype.itemsize)
+        fitting = forecast.largest_group(group, merges + 1, args.device)
+        fitting = int(parallel.whole(torch.tensor([fitting])).min())  # of all processes
+        if fitting <= merges:
+            args.max_group = fitting
+            print(f"the free memory is too little for groups of {fitting + 1} blocks: --max-group "
+                  f"{fitting} (another one can be given)")
+            return merges_for_ratio(source.config, args.ratio, fitting)
+    return merges
 
 
 def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: Callable,
@@ -356,9 +379,10 @@ def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: 
           f"{config.num_hidden_layers - merges} blocks, {config.parameters():,} -> "
           f"{config.parameters() - removed:,} parameters, ratio "
           f"{removed / config.parameters():.4f} (asked {args.ratio})")
-    print(f"{passes} passes of at most {args.samples} x {args.length} tokens, each reads every "
-          f"block once: {passes} x {size / 1e6:,.0f} MB")
-    print(forecast.row("first pass", forecast.measuring(*shape, SAMPLE)))
+    first = windows_measured(args.samples, args.length)
+    print(f"one pass of {first} x {args.length} tokens and {passes - 1} of at most {args.samples} "
+          f"x {args.length}, each reads every block once: {passes} x {size / 1e6:,.0f} MB")
+    print(forecast.row("first pass", forecast.measuring(config, first, *shape[2:], SAMPLE)))
     for width in range(2, min(args.max_group or SHOWN_WIDTHS, merges + 1) + 1):
         print(forecast.row(f"{width} blocks", memory(*shape, width)))
     print("nothing has been read but the config, and nothing written (--dry-run)")
@@ -401,9 +425,10 @@ def conclude(source: Checkpoint, args: argparse.Namespace, record: dict, S: Tens
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a file, and print its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    """Write a file, and print its name. Of several processes the first does it."""
+    if parallel.rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     print(f"wrote {path}")
 
 
@@ -412,16 +437,17 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     if source.is_wide:
         return prune_wide(source, args)
-    merges = plan(source, args, "wide" if args.keep_wide else "flat", PAPER["ridge"])
+    memory = forecast.flattening if args.keep_wide else forecast.pruning
+    merges = plan(source, args, "wide" if args.keep_wide else "flat", PAPER["ridge"], memory)
     if args.dry_run:
-        return foretell(source, args, merges,
-                        forecast.flattening if args.keep_wide else forecast.pruning)
+        return foretell(source, args, merges, memory)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, text = read_tokens(source.path, args)                   # (N, T)
         runner = start_runner(source, args, text)
         S = measure(source, tokens, runner).S                           # (L, L)
         groups = select_groups(S, merges, args.max_group or len(S))
-        xs = embed(source.outer(), tokens, runner.dtype)                # (N, T, C), enters block 0
+        mine = parallel.share(tokens)                                   # all, in one process
+        xs = embed(source.outer(), mine, runner.dtype)                  # (N, T, C), enters block 0
         halves = keep_wide() if args.keep_wide else paper(runner, args.ridge)
         blocks = merge_groups(source, groups, xs, runner, *with_errors(*halves, runner))
         reports = new_reports(groups, S)
@@ -476,7 +502,7 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
         tokens, text = read_tokens(source.path, args)
         runner = start_runner(source, args, text)
         check_finite(source.outer(), "outside the blocks")
-        xs = embed(source.outer(), tokens, runner.dtype)
+        xs = embed(source.outer(), parallel.share(tokens), runner.dtype)
         groups = [[i] for i in range(len(source.config.widths))]
         halves = with_errors(*paper(runner, args.ridge), runner)
         blocks = merge_groups(source, groups, xs, runner, *halves)
@@ -492,4 +518,4 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

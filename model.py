@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import parallel
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint, Weights
 
@@ -258,8 +259,8 @@ class Transformer(nn.Module):
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the final normed states (B, T, C) of token ids (B, T).
 
-        With a cache, the ids continue what it holds. One id alone is not checked then: it is the
-        model's own choice, and a GPU would be waited for to read it.
+        With a cache, the ids continue what it holds. Then a single id is not checked: it is the
+        model's own choice, and to read it the CPU would have to wait for the GPU.
         """
         if cache is None or cache.length == 0 or ids.shape[1] > 1:
             check_ids(ids, self.config.vocab_size)
@@ -302,16 +303,24 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
 
 
 def move(weights: Weights, device: str | torch.device, dtype: torch.dtype) -> Weights:
-    """Move tensors to a device, in their own dtype, and give them another one there."""
+    """Move tensors to a device, and change their dtype there."""
     return {name: tensor.to(device).to(dtype) for name, tensor in weights.items()}
 
 
 # ---- running blocks over the streams of a whole text
 
 def batches(xs: Tensor) -> Iterator[slice]:
-    """Cut the N windows of xs (N, T, ...) into slices of about BATCH_TOKENS tokens each."""
+    """Cut the N windows of xs (N, T, ...) into slices of about BATCH_TOKENS tokens each.
+
+    Without any windows there is one empty slice, so that sums over them still have a shape.
+    """
     step = max(1, BATCH_TOKENS // xs.shape[1])
-    return (slice(i, i + step) for i in range(0, len(xs), step))
+    return (slice(i, i + step) for i in range(0, max(1, len(xs)), step))
+
+
+def count(xs: Tensor) -> int:
+    """Return how many tokens the streams xs (N, T, ...) have, those of all processes together."""
+    return parallel.total(xs.shape[0] * xs.shape[1])
 
 
 def embed(outer: Weights, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -376,10 +385,14 @@ class Runner:
     def sums(self, streams: Sequence[Tensor], terms: Callable) -> list[Tensor]:
         """Add up, over all tokens of the streams (each (N, T, C)), what `terms` makes of a batch.
 
-        terms(*batch) returns a list. A tensor (..., n) in it is summed over tokens to (n,). A pair
-        (a (..., A), b (..., B)) is summed to a^T b, (A, B). Of a pair (a, a) only the lower
-        triangle is computed. Sums are kept in float32 or better, on the device. This is the one
-        place where anything is summed over the calibration text.
+        terms(*batch) returns a list. What is in it decides what is summed:
+
+            a tensor (..., n)              its sum over tokens, (n,)
+            a pair a (..., A), b (..., B)  a^T b, (A, B)
+            a pair a, a                    of a^T a only the lower triangle, see `symmetric`
+
+        Sums are kept in float32 or better, on the device. Of several processes each adds up its
+        own windows first.
         """
         totals = []
         for rows in batches(streams[0]):
@@ -394,7 +407,7 @@ class Runner:
                     add_gram(total, a)
                 else:
                     total.addmm_(a.T, b)
-        return totals
+        return [parallel.total(total) for total in totals]
 
 
 def zeros_for(addend: Tensor | tuple[Tensor, Tensor]) -> Tensor:

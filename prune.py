@@ -1,18 +1,18 @@
 """Cut a wide block to ordinary width: keep the best heads and channels, and repair the MLP.
 
 Heads (paper section 3.3): a head matters as much as it writes. So its score is the size of what it
-hands to o_proj times the size of the rows of W_O that read it. The unit is a KV head with its query
-heads, for grouped-query attention would break otherwise.
+hands to o_proj times the size of the rows of W_O that read it. A KV head stays or goes together
+with the query heads that it serves.
 
-Channels: with C = E[psi psi^T] over tokens (psi: what the channels hand to down_proj) and a ridge
-lambda,
+Channels: psi is what the channels hand to down_proj, C = E[psi psi^T] a mean over the tokens of the
+calibration text, and lambda a ridge.
 
-    s_i = [ C (C + lambda I)^-1 ]_ii
-    W_down,K  <-  W_down,K + W_down,R C_RK (C_KK + lambda I)^-1
+    s_i = [ C (C + lambda I)^-1 ]_ii                                 ridge leverage
+    W_down,K  <-  W_down,K + W_down,R C_RK (C_KK + lambda I)^-1      compensation (Nystrom)
 
-The ridge leverage s_i says how poorly the other channels can stand in for channel i. The channels K
-of largest s are kept. The second line (Nystrom) folds the dropped channels R into them, so that
-they stand in for R as well as they can.
+The leverage s_i says how poorly the other channels can stand in for channel i. The channels K of
+largest s are kept. Compensation then changes what they write, so that they stand in for the dropped
+channels R as well as they can.
 
 flatten.py runs this on every block that it has flattened. A checkpoint that was saved before this
 step (`flatten.py --keep-wide`) is pruned by `python flatten.py --ckpt WIDE`.
@@ -23,7 +23,7 @@ from torch import Tensor
 import console
 from checkpoint.config import Config
 from checkpoint.reader import Weights
-from model import Block, Runner, check_finite, symmetric
+from model import Block, Runner, check_finite, count, symmetric
 
 # ---- heads
 
@@ -64,9 +64,9 @@ def best(scores: Tensor, k: int) -> Tensor:
 def keep_kv_heads(scores: Tensor, config: Config) -> Tensor:
     """Choose the KV heads of a wide block to keep, from their scores (m*KV,). Returns (KV,).
 
-    These are the best, wherever they are. With norms on queries and keys (Qwen3) it is different.
-    All heads of a block share the two norm weights, which cannot be folded into anything, and heads
-    of two members cannot share them. So the heads of the best member stay together.
+    These are the best, of whatever member. Norms on queries and keys (Qwen3) are an exception: all
+    heads of a block share their weights, and heads of two members cannot. So there all heads of the
+    best member stay, and no other.
     """
     n = config.num_key_value_heads
     if config.qk_norm:
@@ -75,7 +75,7 @@ def keep_kv_heads(scores: Tensor, config: Config) -> Tensor:
 
 
 def prune_attention(weights: Weights, kv_heads: Tensor, config: Config) -> Weights:
-    """Cut a block to these KV heads and their query heads. Everything else stays as it is."""
+    """Cut a block to these KV heads and their query heads. Its MLP stays as it is."""
     D = config.head_dim
     queries = query_heads_of(kv_heads, config.num_attention_heads // config.num_key_value_heads)
     keep = {"q": channels_of(queries, D), "k": channels_of(kv_heads, D),
@@ -108,8 +108,9 @@ def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
     """
     grain = 1e-12 * float(C.diagonal().double().mean())
     for extra in (0.0, grain, 1e3 * grain, 1e6 * grain):
-        A = torch.empty(C.shape, dtype=torch.float64, device=C.device).mT  # laid out by columns:
-        A.copy_(C).diagonal().add_(ridge + extra)                          # so it is overwritten
+        # .mT lays A out by columns, so that cholesky_ex can overwrite it and needs no copy
+        A = torch.empty(C.shape, dtype=torch.float64, device=C.device).mT
+        A.copy_(C).diagonal().add_(ridge + extra)
         info = torch.empty((), dtype=torch.int32, device=C.device)
         torch.linalg.cholesky_ex(A, out=(A, info))
         if int(info) == 0:
@@ -123,8 +124,8 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
 
         s_i = [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii
 
-    Paper section 3.3. As printed there, the inverse stands outside the diagonal; that would keep
-    the weakest channels. The sum of s is the effective number of dimensions of psi. A channel that
+    Paper section 3.3. (There the inverse is printed outside the diagonal, which would keep the
+    weakest channels.) The sum of s is the effective number of dimensions of psi. A channel that
     never fires has s = 0, and rounding must not lift it above that.
     """
     alive = C.diagonal().double().sign()  # 1, or 0 for a channel that never fires
@@ -136,9 +137,9 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
 def inverse_diagonal(factor: Tensor, columns: int = 512) -> Tensor:
     """Return the diagonal of A^-1, for the lower triangle `factor` (F, F) of A = factor factor^T.
 
-    Its elements are the squared norms of the columns of factor^-1, which overwrites `factor`: of a
-    large matrix a copy would be what the memory does not hold. A few columns are inverted at a
-    time, the last ones first: the others need what is below and to the right of them.
+    Its elements are the squared norms of the columns of factor^-1. That overwrites `factor`, for a
+    large model would leave no memory for a copy. A few columns are inverted at a time, the last
+    ones first: the others need what is below and to the right of them.
     """
     diagonal = torch.empty_like(factor[0])
     for j in reversed(range(0, len(factor), columns)):
@@ -156,9 +157,11 @@ def nystrom_down(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:
 
         W_K + W_R C_RK (C_KK + ridge I)^-1
 
-    W is (d, F), C (F, F), keep (K,). What is returned minimises E|W' psi_K - W psi|^2 + ridge
-    |W' - W_K|^2 over W' (paper Lemma 3.1). So a large ridge leaves W_K as it is, and keeping every
-    channel changes nothing.
+    W is (d, F), C (F, F), keep (K,). The result is the W' that minimises (paper Lemma 3.1)
+
+        E|W' psi_K - W psi|^2 + ridge |W' - W_K|^2
+
+    So a large ridge leaves W_K as it is, and keeping every channel changes nothing.
     """
     mask = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
     mask[keep] = False
@@ -188,19 +191,19 @@ def head_sizes(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     """
     def sizes(x: Tensor) -> list[Tensor]:
         return [block.self_attn.heads(block.input_layernorm(x), runner.rope).abs()]
-    return runner.sums([xs], sizes)[0] / (xs.shape[0] * xs.shape[1])
+    return runner.sums([xs], sizes)[0] / count(xs)
 
 
 @torch.inference_mode()
 def channel_covariance(block: Block, xs: Tensor, runner: Runner) -> Tensor:
-    """Return C = E[psi psi^T], (F, F).
+    """Return C = E[psi psi^T], (F, F). The mean of psi is not subtracted.
 
     xs (N, T, C) is the stream that has passed the block's attention.
     """
     def products(x: Tensor) -> list[tuple[Tensor, Tensor]]:
         psi = block.mlp.channels(block.post_attention_layernorm(x))
         return [(psi, psi)]
-    return symmetric(runner.sums([xs], products)[0]).div_(xs.shape[0] * xs.shape[1])
+    return symmetric(runner.sums([xs], products)[0]).div_(count(xs))
 
 
 def score_heads(block: Weights, xs: Tensor, runner: Runner) -> Tensor:
@@ -247,10 +250,10 @@ def prune_channels(block: Weights, xs: Tensor, runner: Runner, ridge: float,
                    keep: int | None = None) -> tuple[Weights, dict]:
     """Cut the MLP of a wide block to ordinary width. Returns the block and what it kept.
 
-    The other channels are folded into those that stay, unless compensate=False. xs (N, T, C) is the
-    stream that has passed the block's attention; it stays as it is. `ridge` is in mean eigenvalues
-    of C. `keep` asks for another number of channels. A block of that width comes back untouched.
-    ValueError if a statistic is not finite.
+    xs (N, T, C) is the stream that has passed the block's attention; it stays as it is. `ridge` is
+    in mean eigenvalues of C. The other channels are folded into those that stay, unless
+    compensate=False. `keep` asks for another number of channels than the ordinary one. A block of
+    that width comes back untouched. ValueError if a statistic is not finite.
     """
     keep = keep or runner.config.intermediate_size
     down = block["mlp.down_proj.weight"]                                    # (C, F)
@@ -264,7 +267,7 @@ def prune_channels(block: Weights, xs: Tensor, runner: Runner, ridge: float,
     new_down = nystrom_down(down, C, channels, lam) if compensate else down[:, channels]
     pruned = prune_mlp(block, channels.cpu(), new_down.cpu())
     check_finite(pruned, "the pruned block")
-    members = -(-down.shape[1] // keep)  # rounded up
+    members = -(-down.shape[1] // keep)  # rounded up: `keep` need not divide the width
     return pruned, {"channels": by_member(channels.cpu(), keep, members), "ridge": lam,
                     "effective_dimension": float(scores.sum())}
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+import parallel
 from console import progress
 from evaluate import divergence, readout
 from flatten import merge_groups
@@ -69,7 +70,8 @@ def damages(source, tokens: Tensor, runner: Runner,
     for size in range(2, largest + 1):
         trials = {}  # (first, last) -> the stream of the model with that merge
         chosen = candidates(damage, L, size, merges)
-        build, judge = (embed(outer, part, runner.dtype) for part in (for_build, for_judge))
+        build, judge = (embed(outer, parallel.share(part), runner.dtype)
+                        for part in (for_build, for_judge))
         near = {}    # the block at hand and the next ones, as many as a group has
         for k in progress(range(L), f"try merges of {size}: blocks", L):
             near = {i: near.get(i) or source.block(i) for i in range(k, min(k + size, L))}

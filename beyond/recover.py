@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import console
+import parallel
 from beyond.lessons import LOSSES, lesson
 from beyond.lora import add_lora, merge_lora
 from checkpoint.config import read_json
@@ -209,6 +210,8 @@ def save_state(path: Path, run: dict, facts: dict, trained: Weights,
     It holds the trained weights, AdamW's moments, and as its metadata what the run is (`run`) and
     how far it is (`facts`).
     """
+    if parallel.rank():
+        return
     tensors = {name: p.detach() for name, p in trained.items()}
     for name, p in trained.items():
         tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
@@ -263,10 +266,11 @@ def rate(step: int, steps: int, peak: float) -> float:
 def micro_batches(batch: tuple[Tensor, Tensor], device: str) -> Iterator[tuple]:
     """Cut a batch (ids, learned), each (N, T), into parts of about BATCH_TOKENS tokens.
 
+    Of several processes each cuts up its share of the rows.
     Yields ids and learned, on the device, and the part's share of all predictions.
     """
-    ids, learned = batch
-    total = int(learned[:, 1:].sum())
+    ids, learned = (parallel.share(part) for part in batch)
+    total = int(batch[1][:, 1:].sum())
     for rows in batches(ids):
         if count := int(learned[rows, 1:].sum()):
             yield ids[rows].to(device), learned[rows].to(device), count / total
@@ -275,8 +279,16 @@ def micro_batches(batch: tuple[Tensor, Tensor], device: str) -> Iterator[tuple]:
 @torch.no_grad()
 def held_out_loss(net: Transformer, batch: tuple[Tensor, Tensor], device: str) -> float:
     """Return the mean loss of what is to be learned of held-out windows, a batch as from `draw`."""
-    return sum(share * float(lesson("labels", net, None, [], ids, learned))
-               for ids, learned, share in micro_batches(batch, device))
+    return parallel.total(sum((share * float(lesson("labels", net, None, [], ids, learned))
+                               for ids, learned, share in micro_batches(batch, device)), 0.0))
+
+
+def sum_gradients(trained: list[Tensor]) -> None:
+    """Sum the gradients of all processes, where any process has one."""
+    processes = parallel.total(torch.tensor([int(p.grad is not None) for p in trained]))
+    for p in (p for p, n in zip(trained, processes, strict=True) if n):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        parallel.total(p.grad)
 
 
 def train(teach: Callable, texts: list, optimizer: torch.optim.Optimizer, facts: dict,
@@ -301,6 +313,8 @@ def train(teach: Callable, texts: list, optimizer: torch.optim.Optimizer, facts:
             part = share * teach(ids=ids, learned=learned, done=step / args.steps)
             part.backward()
             loss += float(part.detach())
+        loss = parallel.total(loss)
+        sum_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         if not math.isfinite(loss + float(norm)):
             raise ValueError(f"the loss of step {step} is not finite; try a smaller --rate than "
@@ -394,7 +408,7 @@ def describe(args: argparse.Namespace, source: Checkpoint) -> dict:
     given = {name: value for name, value in chosen.items() if value or name == "seed"}
     line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
                    **given)
-    return {**chosen, "student_sha256": source.digest(), "command": line}
+    return {**chosen, "processes": parallel.ranks(), "student_sha256": source.digest(), "command": line}
 
 
 def learn(student: Transformer, teacher: Transformer, groups: list[list[int]], texts: list,
@@ -462,4 +476,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

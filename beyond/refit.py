@@ -1,24 +1,26 @@
 """Flatten to the dense model: repair what flattening and pruning lose, without training.
 
-The paper approximates twice. The members of a group read one shared stream u instead of their own
-inputs x_l, and half of the heads and channels go. Its compensation repairs the second loss only,
-towards the wide block's own output. Here the dense model's stream travels beside the compressed
-one, and a merged block is fitted to it, attention first, then the MLP:
+The dense model's stream travels beside the compressed one, and every merged block is fitted to it:
+first its attention, by o_proj, in these four steps, then its MLP, by down_proj, in the same ones.
+docs/beyond.md has the formulas. u is the stream that the members share, x_l what member l reads in
+the dense model, and N the norm without its weight, which is folded into the projections.
 
-1. align       Each member's projections read N(u) through a linear map, the one that best makes
-               the member's own N(x_l) of it. N is the norm without its weight, which is absorbed.
-2. eliminate   o_proj is fitted to what the dense model's attention adds and to what the stream
-               lacks already (down_proj: to what the whole group adds). Then heads (channels) go,
-               each time the one that the others can best stand in for when they are fitted again.
-               Of the channels, those that write least go before that, until half again as many
-               are left as will stay.
+1. align       Each member's projections read N(u) through the matrix that brings it nearest to the
+               member's own N(x_l).
+2. eliminate   o_proj is fitted to what the stream lacks already and what the members' attentions
+               add in the dense model. (down_proj: to what the stream then lacks of the dense one
+               that leaves the group.) Then heads (channels) go, each time the one that the others
+               can best replace if they are fitted again. Of the channels, those that write least
+               go before that, until half again as many are left as will stay.
 3. values      What stays gets new values. With its pattern fixed a head is linear in v_proj; with
                its gate fixed a channel is linear in up_proj.
-4. again       o_proj (down_proj) is fitted once more, to the new values and on all of the text,
+4. again       o_proj (down_proj) is fitted once more, to the new values, on all of the text and
                with a larger ridge.
 
 All problems are least squares (beyond/regression.py). They are solved exactly, except for step 3,
-which takes a few conjugate gradients. Elimination is greedy. No parameter is added.
+which takes a few conjugate-gradient steps. Elimination is greedy. No parameter is added.
+
+Start reading at Fit.attention and Fit.fit_heads; Fit.mlp and Fit.fit_channels are like them.
 
     python -m beyond.refit --ckpt PATH --ratio 0.2      groups by similarity, as in the paper
     python -m beyond.refit --ckpt PATH --ratio 0.2 --group-by damage
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import console
+import parallel
 from beyond.grouping import LARGEST, damages, least_damage
 from beyond.regression import (
     RIDGE,
@@ -94,10 +97,10 @@ from prune import (
 PARTS = ("align", "eliminate", "values", "dense")
 QUICK = ("align", "dense")  # enough to find out which blocks to merge
 FIT = "the fit"  # where a number that is not finite came up
-FEW = 32         # windows are enough to choose by; only the last fit of a projection sees all
-ENOUGH = 2**14   # tokens of these are enough for the shortlist and for new values
-SHORTLIST = 1.5  # times the channels that stay are compared in full; the rest goes at once
-VALUE_STEPS = 2  # conjugate gradients for new values
+FEW = 32         # windows for steps 1 to 3; only step 4 sees all
+ENOUGH = 2**14   # tokens, at most, of these windows for the shortlist and for new values
+SHORTLIST = 1.5  # times the channels that stay are compared in step 2; the rest goes at once
+VALUE_STEPS = 2  # conjugate-gradient steps for new values
 AGAIN = 3        # times the ridge in step 4: what it pulls to was fitted on this text already
 V_PROJ, O_PROJ = "self_attn.v_proj.weight", "self_attn.o_proj.weight"
 UP_PROJ, DOWN_PROJ = "mlp.up_proj.weight", "mlp.down_proj.weight"
@@ -108,8 +111,10 @@ def few(xs: Tensor, tokens: int | None = None) -> Tensor:
 
     The copy holds at most `tokens` tokens, but always one window.
     """
-    n = min(FEW, len(xs), max(1, tokens // xs.shape[1]) if tokens else FEW)
-    return xs[[i * len(xs) // n for i in range(n)]]
+    N = parallel.total(len(xs))
+    n = min(FEW, N, max(1, tokens // xs.shape[1]) if tokens else FEW)
+    chosen = {i * N // n for i in range(n)}
+    return xs[[k for k, i in enumerate(parallel.share(range(N))) if i in chosen]]
 
 
 def stored(V: Tensor, like: Tensor) -> Tensor:
@@ -139,10 +144,7 @@ def attend_and_add(weights: Weights, xs: Tensor, total: Tensor, runner: Runner) 
 # ---- step 1: read the shared stream as if it were one's own
 
 def read_through(block: Weights, names: tuple[str, ...], M: Tensor) -> Weights:
-    """Let the named projections (out, C) of a block read n M where they read n.
-
-    Biases are added later and stay.
-    """
+    """Let the named projections (out, C) of a block read n M where they read n. Biases stay."""
     return block | {name: (block[name].to(M.device).double() @ M.T).to(block[name])
                     for name in names}
 
@@ -165,8 +167,8 @@ def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool,
                  eliminator: Callable) -> Tensor:
     """Choose the `keep` KV heads that stay, each with `size` rows of V.
 
-    `eliminator` is eliminate_units, or what takes its place. `together`: they must be those of one
-    member, as Qwen3's norms on queries and keys ask for.
+    `eliminator` is eliminate_units, or what takes its place. `together`: only all heads of one
+    member may stay, because of Qwen3's norms on queries and keys.
     """
     if not together:
         return eliminator(V, P, size, keep)
@@ -178,18 +180,18 @@ def choose_heads(V: Tensor, P: Tensor, size: int, keep: int, together: bool,
 
 def mix_heads(attention: Attention, n: Tensor,
               rope: tuple[Tensor, Tensor]) -> tuple[Callable, Callable, Callable]:
-    """Make three functions of attention whose patterns are fixed to what n (B, T, C) causes.
+    """Make three functions of attention whose patterns are fixed: those that n (B, T, C) causes.
 
         mix(v)        what attention adds, (B, T, C), if its values are v (B, T, KV*D)
         unmix(r)      the adjoint of mix, which is linear: <mix(v), r> = <v, unmix(r)>
-        overlaps()    products of the patterns of the k heads that share values, (B, KV*k*k),
-                      summed over each window
+        overlaps()    products of the patterns of the k query heads that share a KV head,
+                      (B, KV*k*k), summed over each window
 
     They hold H T^2 numbers for each window, and twice as many for a moment.
     """
     q, k, _ = attention.project(n, rope)
     (B, KV, T, D), o_proj = k.shape, attention.o_proj.weight
-    q, k = q.view(B, KV, -1, T, D), k[:, :, None]                       # (B, KV, H/KV or 1, T, D)
+    q, k = q.unflatten(1, (KV, -1)), k[:, :, None]                      # (B, KV, H/KV or 1, T, D)
     scores = q @ k.transpose(-1, -2) / D ** 0.5                         # (B, KV, H/KV, T, T)
     later = torch.ones(T, T, dtype=torch.bool, device=n.device).triu(1)
     pattern = scores.masked_fill_(later, -torch.inf).softmax(-1)
@@ -200,7 +202,7 @@ def mix_heads(attention: Attention, n: Tensor,
         return heads.permute(0, 3, 1, 2, 4).flatten(2) @ o_proj.T       # (B, T, C)
 
     def unmix(r: Tensor) -> Tensor:
-        heads = (r @ o_proj).view(B, T, KV, -1, D).permute(0, 2, 3, 1, 4)
+        heads = (r @ o_proj).unflatten(2, (KV, -1, D)).permute(0, 2, 3, 1, 4)
         v = (pattern.transpose(-1, -2) @ heads).sum(2)                  # (B, KV, T, D)
         return v.transpose(1, 2).flatten(2)                             # (B, T, KV*D)
 
@@ -211,7 +213,7 @@ def mix_heads(attention: Attention, n: Tensor,
 
 
 def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Callable]:
-    """Make the functions of mix_heads for an MLP whose gates are fixed to what n (B, T, C) causes.
+    """Make the functions of mix_heads for an MLP with fixed gates: those that n (B, T, C) causes.
 
     Its values v (B, T, F) are up_proj's outputs. A channel shares its value with no other, so
     overlaps() are the squares of the gates, summed over each window, (B, F).
@@ -230,12 +232,13 @@ def mix_channels(mlp: MLP, n: Tensor) -> tuple[Callable, Callable, Callable]:
 
 
 def own_curvature(writes: Tensor, overlaps: Tensor, ridge: float) -> Tensor:
-    """Cholesky factors of each unit's loss curvature, treating token positions as independent.
+    """Return the Cholesky factor of each unit's own curvature of the loss, (U, d, d).
 
-    A unit is a KV head, whose d values k query heads hand on, or a channel (k = d = 1). `writes` is
-    the weight of o_proj or down_proj, (C, U*k*d) for U units. overlaps (U, k, k) is what the mixer
-    returns, per token. Returns (U, d, d). The ridge is at least 1e-4: less would be lost in the
-    digits of the overlaps.
+    A unit is a KV head, whose d values k query heads hand on, or a channel (k = d = 1). Its
+    curvature says what errors in its values cost, if those at different tokens are independent.
+    `writes` is the weight of o_proj or down_proj, (C, U*k*d) for U units. overlaps (U, k, k) is
+    what the mixer returns, per token. The ridge is at least 1e-4: less would be lost in the digits
+    of the overlaps.
     """
     rows = writes.double().T.view(*overlaps.shape[:2], -1, len(writes))     # (U, k, d, C)
     curvature = torch.einsum("ukl,ukdc,ulec->ude", overlaps, rows, rows)
@@ -249,10 +252,10 @@ def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, targe
                steps: int = VALUE_STEPS) -> Tensor:
     """Return a weight (out, C) for `proj` (v_proj or up_proj) that lowers E|mix(proj(n)) - t|^2.
 
-    n = norm(x), and x and t are the streams xs and target (N, T, C). mixer(n) makes mix, which ends
-    with `writes` (o_proj or down_proj). The steps are conjugate gradients. They are preconditioned
-    on the side of n by E[n^T n], and on the side of the values by own_curvature. Everything is in
-    float32 or better: differences of patterns do not survive less.
+    Here n = norm(x), and x and t are the streams xs and target (N, T, C). mixer(n), which is
+    mix_heads or mix_channels, makes mix; mix ends with `writes` (o_proj or down_proj). The steps
+    are conjugate gradients, preconditioned by E[n^T n] for the inputs and by own_curvature for the
+    values. Everything is in float32 or better: differences of patterns do not survive less.
     """
     dtype = sum_dtype(runner.dtype)
 
@@ -283,18 +286,20 @@ def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, targe
 # ---- all steps: the fit of a group
 
 class Fit:
-    """The fit, as the two halves of a merge that flatten.merge_groups takes.
+    """The fit. Its methods `attention` and `mlp` are the halves that flatten.merge_groups takes.
 
     `dense` (N, T, C) is the dense model's stream; it passes through the members of every group.
-    `parts` can leave out steps. Without "align" members read the shared stream as it is. Without
-    "eliminate" the heads and channels that write least go at once. Without "values" v_proj and
-    up_proj stay. Without "dense" the target is what the wide block adds.
+    `parts` names the steps that are done. If one is left out:
 
-    Three options make controls and variants of it. With `first_only` the members after the first
-    are left out, and the heads and channels of the first are fitted to what all of them add.
-    `keep` asks for other numbers of KV heads and channels than the ordinary ones, and needs
-    "eliminate"; a block that is alone is then fitted, too. `eliminators` take the place of
-    eliminate_units and eliminate.
+        "align"       members read the shared stream as it is
+        "eliminate"   the heads and channels that write least go at once
+        "values"      v_proj and up_proj stay
+        "dense"       the target is what the wide block adds
+
+    Three options are for comparisons. With `first_only` the members after the first are left out,
+    and the first is fitted to what all of them add. `keep` asks for other numbers of KV heads and
+    channels than the ordinary ones, and needs "eliminate"; a block that is alone is then fitted,
+    too. `eliminators` take the place of eliminate_units and eliminate.
     """
 
     def __init__(self, dense: Tensor, runner: Runner, ridge: float = RIDGE,
@@ -302,13 +307,13 @@ class Fit:
                  keep: tuple[int, int] | None = None,
                  eliminators: tuple[Callable, Callable] | None = None):
         self.dense, self.runner, self.ridge, self.parts = dense, runner, ridge, parts
-        self.first_only, self.narrow, config = first_only, keep is not None, runner.config
+        self.first_only, self.fit_alone, config = first_only, keep is not None, runner.config
         self.keep = keep or (config.num_key_value_heads, config.intermediate_size)
         self.eliminators = eliminators or (eliminate_units, eliminate)
         one = torch.ones(runner.config.hidden_size, dtype=runner.dtype, device=runner.device)
         self.norm = RMSNorm(one, runner.config.rms_norm_eps)
         self.members = []  # blocks of the group at hand
-        self.middles = []  # of each, a few windows of what its MLP reads in the dense model
+        self.middles = []  # a few windows of what the MLP of each reads in the dense model
 
     def attention(self, members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
         """Make one block with fitted attention of ordinary width, and with the members' MLPs.
@@ -318,10 +323,10 @@ class Fit:
         """
         runner, inputs = self.runner, []
         self.members, self.middles = members, []
-        if len(members) == 1 and not self.narrow:
+        if len(members) == 1 and not self.fit_alone:
             runner.run_block(members[0], self.dense)
             return members[0], {}
-        # The target is what xs lacks already, and then also what the members' attentions add.
+        # What attention should add: first what xs lacks already, then what each member adds.
         target = self.dense.to(sum_dtype(runner.dtype)) - xs
         for member in members:
             inputs.append(few(self.dense))
@@ -419,7 +424,7 @@ class Fit:
     def heads_that_stay(self, wide: Weights, xs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Choose KV heads of the wide block (step 2). Returns them and their rows of o_proj^T.
 
-        After an elimination these rows are fitted to the target.
+        After an elimination the rows have been fitted to the target.
         """
         config, (keep, _) = self.runner.config, self.keep
         group = config.num_attention_heads // config.num_key_value_heads
@@ -443,7 +448,7 @@ class Fit:
                            target: Tensor) -> tuple[Tensor, Tensor]:
         """Choose channels of the wide block (step 2). Returns them and their rows of down_proj^T.
 
-        After an elimination these rows are fitted to the target.
+        After an elimination the rows have been fitted to the target.
         """
         _, keep = self.keep
         W = wide[DOWN_PROJ].to(self.runner.device).double().T               # (F, C)
@@ -473,8 +478,9 @@ class Fit:
                    unit: str, times: float = 1) -> tuple[Tensor, Tensor, float]:
         """Return what regression.fit takes to fit z = features(x) to t, for streams xs and target.
 
-        That is B = E[z^T t], the Cholesky factor of E[z^T z] with its ridge, and the ridge: `times`
-        the one of ridge_of. ValueError if a number is not finite; `unit` says what z is of.
+        That is B = E[z^T t], the Cholesky factor of E[z^T z] + ridge I, and the ridge, which is
+        `times` that of ridge_of. ValueError if a number is not finite; it names the `unit`, "head"
+        or "channel".
         """
         def terms(u: Tensor, t: Tensor) -> list:
             z = features(u)
@@ -488,8 +494,8 @@ def refit_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner, ri
                  **options) -> Iterator[tuple[Weights, dict]]:
     """Do what flatten.merge_groups does, with the fit. Yields blocks and reports.
 
-    `options` are those of Fit. A report also holds the error against the dense model's stream. Up
-    to the first group that is merged both models are the same, so until then one stream is enough.
+    `options` are those of Fit. A report also holds the error against the dense model's stream. Both
+    models are the same below the first group that is merged, so one stream is enough there.
     """
     first = next((k for k, group in enumerate(groups) if len(group) > 1), len(groups))
     yield from merge_groups(source, groups[:first], xs, runner, *keep_wide())
@@ -509,9 +515,10 @@ def refit_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner, ri
 def fitting(config: Config, samples: int, length: int, itemsize: int, width: int) -> dict[str, int]:
     """Return what memory it takes to fit a group of `width` blocks, see console/forecast.py.
 
-    Two streams and, in float32, what is missing; a few windows of what enters and leaves each
-    member's attention. The channels are solved for in float64, which needs two matrices; before
-    that the attention patterns of one window are held twice.
+        streams         the dense one, the compressed one and, in float32, what is missing
+        a few windows   of what enters and leaves each member's attention
+        solve           two float64 matrices over the channels that are compared, or, if larger,
+                        the attention patterns of one window, twice
     """
     kept = min(int(SHORTLIST * config.intermediate_size), width * config.intermediate_size)
     patterns = 2 * config.num_attention_heads * length ** 2 * max(itemsize, 4)
@@ -539,7 +546,7 @@ def main() -> None:
     args = parse_args()
     source = Checkpoint(args.ckpt)
     by_damage = args.group_by == "damage"
-    merges = plan(source, args, "refit", RIDGE, LARGEST if by_damage else None)
+    merges = plan(source, args, "refit", RIDGE, fitting, LARGEST if by_damage else None)
     if args.dry_run:
         trials = args.max_group - 1 if by_damage else 0  # a pass for each size of group
         return foretell(source, args, merges, fitting, passes=2 + trials)
@@ -555,7 +562,8 @@ def main() -> None:
             groups = least_damage(damage, len(S), merges)
         else:
             groups = select_groups(S, merges, args.max_group or len(S))
-        xs = embed(source.outer(), tokens, runner.dtype)         # (N, T, C), enters block 0
+        mine = parallel.share(tokens)                            # all, in one process
+        xs = embed(source.outer(), mine, runner.dtype)           # (N, T, C), enters block 0
         blocks = refit_groups(source, groups, xs, runner, args.ridge)
         reports = new_reports(groups, S)
         for block in tell(blocks, source, groups, reports):
@@ -571,4 +579,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from model import Runner, sum_dtype
+from model import Runner, count, sum_dtype
 from prune import absolute_ridge, regularized_cholesky
 
 RIDGE = 3.0   # of every problem here, see ridge_of
@@ -22,7 +22,7 @@ STEPS = 64    # channels are eliminated in about this many batches
 @torch.inference_mode()
 def means(runner: Runner, streams: Sequence[Tensor], terms: Callable) -> list[Tensor]:
     """Return means over tokens of what Runner.sums adds up, in float64."""
-    tokens = streams[0].shape[0] * streams[0].shape[1]
+    tokens = count(streams[0])
     return [total.double().div_(tokens) for total in runner.sums(streams, terms)]
 
 
@@ -43,7 +43,7 @@ def ridge_of(features: int, xs: Tensor, ridge: float = RIDGE) -> float:
     It is ridge * features / tokens, in mean eigenvalues of A = E[z^T z]. The more unknowns there
     are for each token, the less they can be trusted (Hoerl, Kennard and Baldwin 1975).
     """
-    return ridge * features / (xs.shape[0] * xs.shape[1])
+    return ridge * features / count(xs)
 
 
 def ridged(A: Tensor, multiple: float) -> tuple[Tensor, float]:
@@ -90,21 +90,28 @@ def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
     V[rows], P[rows], P[:, rows] = 0.0, 0.0, 0.0
 
 
+def unit_costs(V: Tensor, P: Tensor, units: Tensor) -> Tensor:
+    """Return what each unit costs if it alone goes, (u,), for the rows (u, size) of each in V.
+
+    If a unit's rows of V (n, C) become zero and all others adapt, E|z V - t|^2 + ridge |V - W|^2
+    grows by its cost. V is the minimum and P (n, n) is (A + ridge I)^-1; both stay as they are. The
+    cost of unit j is
+
+        tr(V_j^T [P_jj]^-1 V_j)
+    """
+    P_own = P[units[:, :, None], units[:, None, :]]                         # (u, size, size)
+    return (V[units] * torch.linalg.solve(P_own, V[units])).sum((1, 2))
+
+
 def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
     """Remove units of `size` rows of V (n, C) until `keep` remain. Returns the units that remain.
 
-    Each time the unit goes that costs least: by its cost the quadratic grows, even though all other
-    rows adapt. The cost of unit j is
-
-        tr(V_j^T [P_jj]^-1 V_j)
-
-    V and P are those of `remove`, and are changed in place.
+    Each time the unit goes that costs least. V and P are those of `remove`, and are changed in
+    place.
     """
     left = torch.arange(len(V), device=V.device).view(-1, size)  # the rows of each unit
     while len(left) > keep:
-        P_own = P[left[:, :, None], left[:, None, :]]            # (units, size, size)
-        costs = (V[left] * torch.linalg.solve(P_own, V[left])).sum((1, 2))
-        unit = int(costs.argmin())
+        unit = int(unit_costs(V, P, left).argmin())
         remove(V, P, left[unit])
         left = torch.cat([left[:unit], left[unit + 1:]])
     return left[:, 0].cpu() // size

@@ -7,8 +7,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import parallel
 from checkpoint.beside import copy_beside, model_card, write_json
-from checkpoint.config import WIDE
+from checkpoint.config import WIDE, read_json
 from checkpoint.reader import Checkpoint, Weights
 
 SHARD = 16 * 2**20  # bytes of a file, at least; a block of a large model is a file of its own
@@ -20,7 +21,7 @@ class Writer:
 
     The folder is built beside `out`, and writer.finish(...) puts it in place. Without finish (after
     an error or Ctrl-C) nothing is left. What can be known to fail later, such as an existing output
-    or a full disk, is a ValueError at the start.
+    or a full disk, is a ValueError at the start. Of several processes the first alone writes.
     """
 
     def __init__(self, out: str | Path, source: Checkpoint, overwrite: bool = False):
@@ -29,6 +30,8 @@ class Writer:
         self.pending, self.pending_bytes, self.shards, self.blocks = {}, 0, [], 0
 
     def __enter__(self) -> "Writer":
+        if parallel.rank():
+            return self
         self.made = [path for path in self.out.parents if not path.exists()]
         disk = next(path for path in self.out.absolute().parents if path.exists())
         need, free = self.source.size()[1], shutil.disk_usage(disk).free
@@ -41,6 +44,8 @@ class Writer:
         return self
 
     def __exit__(self, *error) -> None:
+        if parallel.rank():
+            return
         shutil.rmtree(self.folder, ignore_errors=True)  # gone already if finish renamed it
         for path in self.made:
             with contextlib.suppress(OSError):          # not empty: the result is in it
@@ -48,6 +53,8 @@ class Writer:
 
     def add(self, block: Weights) -> None:
         """Append a block, whose tensors have their names inside a block."""
+        if parallel.rank():
+            return
         self._collect({f"model.layers.{self.blocks}.{name}": tensor
                        for name, tensor in block.items()})
         self.blocks += 1
@@ -61,6 +68,9 @@ class Writer:
         source itself is a result, that stays. `changes` are other fields for config.json, `outer`
         the tensors outside the blocks if they are not the source's.
         """
+        if parallel.rank():
+            parallel.total(0)  # waits for the first process to finish
+            return read_json(self.out / "flatten.json")
         self._collect(outer or self.source.outer())
         self._flush()
         self._name_shards()
@@ -81,6 +91,7 @@ class Writer:
             # safetensors and mkdtemp write for the owner only; config.json has the usual rights
             path.chmod(mode | (mode >> 2 & 0o111 if path.is_dir() else 0))
         publish(self.folder, self.out, self.overwrite)
+        parallel.total(0)
         return record
 
     def _collect(self, tensors: Weights) -> None:

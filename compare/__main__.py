@@ -2,4 +2,4 @@
 import console
 from compare.harness import main
 
-console.run(main)
+console.run(main, torchrun="apart")

@@ -12,6 +12,8 @@ OUT also gets the table (table.md) and, with matplotlib, two figures.
     python -m compare --ckpt PATH                      every method; minutes for a small model
     python -m compare --ckpt PATH --ratios 0.1 0.2 --methods flattengpt shortgpt sleb --seeds 3
     python -m compare --ckpt PATH --methods shortgpt --save out/models       writes checkpoints, too
+
+Under torchrun each process takes some of the cells, and the one that ends last writes the table.
 """
 import argparse
 import hashlib
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 import console
+import parallel
 from calibrate import mixed_tokens, read_texts
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer, check_output
@@ -287,12 +290,15 @@ def main() -> None:
     settings = bench.settings()
     out = args.out or Path("out") / f"compare-{source.name}"
     rows = read_rows(out, settings)
-    left = cells_left(rows, args, source)
+    asked, (number, processes) = cells(args.ratios, args.methods, args.seeds), parallel.started()
+    left = [cell for cell in cells_left(rows, args, source) if cell in asked[number::processes]]
     out.mkdir(parents=True, exist_ok=True)
     for cell in progress(left, "compare: cells", len(left)):
-        row = try_cell(bench, cell, args.save) | {"settings": settings}
-        append_row(out, row)
-        rows = [old for old in rows if cell_of(old) != cell] + [row]
+        append_row(out, try_cell(bench, cell, args.save) | {"settings": settings})
+    rows = read_rows(out, settings, repair=False)
+    if others := set(asked) - set(map(cell_of, rows)):
+        print(f"{len(others)} cells are still with other processes; the last writes the table")
+        return
     text = report(bench, rows)
     (out / "table.md").write_text(text + "\n")
     drawn = figures(rows, next(iter(bench.judged)), out)

@@ -9,7 +9,7 @@ from checkpoint.config import Config
 from checkpoint.reader import Weights
 from compare.dropping import block_influence
 from compare.network import Calibration, Network
-from model import Block, Runner
+from model import Block, Runner, count
 from prune import best, channels_of, head_sizes, query_heads_of
 
 # thresholds of similarity, from strict to "anything goes"
@@ -234,7 +234,7 @@ def channel_sizes(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     """
     def handed_on(x: Tensor) -> list[Tensor]:
         return [block.mlp.channels(block.post_attention_layernorm(x)).abs()]
-    return runner.sums([xs], handed_on)[0] / (xs.shape[0] * xs.shape[1])
+    return runner.sums([xs], handed_on)[0] / count(xs)
 
 
 def pick(scores: list[Tensor], counts: list[int]) -> list[Tensor]:

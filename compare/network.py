@@ -103,7 +103,7 @@ class Calibration:
     `passes` counts how often the whole text has gone through as many blocks as the dense model has.
 
     Calibrations of the same windows may share what they have `measured`. A network measured before
-    still counts as a pass, and its seconds are added to `saved`.
+    still counts as passed, and its seconds are added to `saved`.
     """
 
     def __init__(self, tokens: Tensor, runner: Runner, depth: int, trials: int = 16,
@@ -114,10 +114,11 @@ class Calibration:
         self.passes = self.saved = 0.0
 
     def measure(self, network: Network) -> calibrate.Measurement:
-        """Measure a network as calibrate.measure does, in one pass; not twice in a row."""
+        """Measure a network as calibrate.measure does, in one pass at most; not twice in a row."""
         if self.last is not network:
             self.last = network
-            self.passes += len(network.blocks) / self.depth
+            share = calibrate.windows_measured(*self.tokens.shape) / len(self.tokens)
+            self.passes += len(network.blocks) * share / self.depth
             if network in self.measured:
                 self.saved += self.measured[network][1]
             else:

@@ -51,10 +51,11 @@ def is_result(row: dict) -> bool:
         return False
 
 
-def read_rows(out: Path, settings: dict) -> list[dict]:
+def read_rows(out: Path, settings: dict, repair: bool = True) -> list[dict]:
     """Return the finished cells of an earlier run into the folder `out` with the same settings.
 
-    A last line that a kill has cut off is taken out of the file. ValueError if the folder or the
+    A last line that a kill has cut off is taken out of the file, unless another process may be
+    writing it (repair=False). ValueError if the folder or the
     file holds anything else, or results with other settings.
     """
     path = out / RESULTS
@@ -79,7 +80,7 @@ def read_rows(out: Path, settings: dict) -> list[dict]:
             raise ValueError(f"{path} holds results with other settings "
                              f"({json.dumps(row['settings'])[:300]}); choose another --out")
         rows[cell_of(row)] = row
-    if cut_off:
+    if cut_off and repair:
         path.write_text("".join(line + "\n" for line in lines))
     return list(rows.values())
 

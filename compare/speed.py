@@ -26,6 +26,7 @@ import console
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint
 from console import progress
+from console.forecast import free_memory
 from console.options import DEFAULT_DEVICE, DTYPES, compute_dtype
 from flatten import merges_for_ratio
 from model import Block, Cache, Transformer, load
@@ -155,19 +156,6 @@ def measure(nets: list[Transformer], args: argparse.Namespace) -> Iterator[dict]
             yield {"what": what, "batch": batch, "tokens": tokens, "prompt": length,
                    "dense": dense, "flattened": flattened, "ratio": flattened / dense,
                    "bound": used[0] / used[1]}
-
-
-def free_memory(device: str) -> float:
-    """Return the bytes that can be had on a device; infinity where the system does not say."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return float("inf")
 
 
 def random_pair(args: argparse.Namespace, dtype: torch.dtype) -> list[Transformer]:

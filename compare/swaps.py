@@ -12,8 +12,8 @@ units that are cheapest to lose go out, and of all units outside the t that gain
 import torch
 from torch import Tensor
 
-from beyond.regression import eliminate, eliminate_units
-from prune import channels_of, inverse_diagonal, regularized_cholesky
+from beyond.regression import eliminate, eliminate_units, unit_costs
+from prune import channels_of, regularized_cholesky
 
 ROUNDS = 20             # of swaps, at most
 HEADS_AT_ONCE = 5       # in the first round; half as many after a round that gained nothing
@@ -24,19 +24,6 @@ def restricted(H: Tensor, G: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the optimal weights V_K (K, C) over these rows, and the Cholesky factor of H_KK."""
     factor = regularized_cholesky(H[rows][:, rows], 0.0)
     return torch.cholesky_solve(G[rows], factor), factor
-
-
-def losses(V: Tensor, factor: Tensor, size: int) -> Tensor:
-    """Return what each unit of `size` rows of V (K, C) costs if it alone goes, (K / size,).
-
-    This is 1/2 tr(V_j^T [P_jj]^-1 V_j) with P = H_KK^-1, for V and `factor` from `restricted`.
-    """
-    if size == 1:
-        return V.square().sum(1) / inverse_diagonal(factor.clone()) / 2
-    P, V = torch.cholesky_inverse(factor), V.unflatten(0, (-1, size))       # V (units, size, C)
-    own = torch.arange(len(P), device=P.device).view(-1, size)
-    P_own = P[own[:, :, None], own[:, None, :]]                             # (units, size, size)
-    return (V * torch.linalg.solve(P_own, V)).sum((1, 2)) / 2
 
 
 def gains(H: Tensor, G: Tensor, inside: Tensor, outside: Tensor, size: int) -> Tensor:
@@ -69,7 +56,9 @@ def swap_units(H: Tensor, G: Tensor, size: int, stay: Tensor, at_once: int) -> T
     for _ in range(ROUNDS):
         if count == 0:
             break
-        kept = stay[losses(V, factor, size).argsort()[count:].cpu()].sort().values
+        inside = torch.arange(len(V), device=V.device).view(-1, size)  # of V, the rows of each unit
+        costs = unit_costs(V, torch.cholesky_inverse(factor), inside)
+        kept = stay[costs.argsort()[count:].cpu()].sort().values
         out = torch.ones(units, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
         gain = gains(H, G, channels_of(kept, size), channels_of(out, size), size)
         best = gain.argsort(descending=True)[:count].cpu()

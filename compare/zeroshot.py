@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import console
+import parallel
 from checkpoint.reader import Checkpoint
 from compare.tasks import FIVE, TASKS, Item, items
 from console import progress
@@ -181,13 +182,14 @@ def zero_shot(args: argparse.Namespace) -> None:
     for path, (source, tokenizer) in zip(args.ckpt, models, strict=True):
         dtype, quoted = compute_dtype(args.dtype, args.device, source.dtype), {}
         for name, asked in questions.items():
-            choices = [choice for item in asked
+            mine = parallel.share(asked)
+            choices = [choice for item in mine
                        for choice in zip(item.contexts, item.continuations, strict=True)]
             pairs = [encode_pair(tokenizer, *choice, args.bos) for choice in choices]
             scores = log_likelihoods(source, pairs, args.device, dtype)
             check_finite({"a log-likelihood": scores}, str(path))
-            acc, acc_norm = accuracies(asked, scores)
-            loss = right_losses(asked, scores, [len(continuation) for _, continuation in pairs])
+            loss = right_losses(mine, scores, [len(continuation) for _, continuation in pairs])
+            acc, acc_norm, loss = map(parallel.whole, (*accuracies(mine, scores), loss))
             metric = TASKS[name].metric
             quoted[name] = 100 * float((acc if metric == "acc" else acc_norm).mean())
             cells = [source.name, name, str(len(asked)), with_error(100 * acc, 2),
@@ -215,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, torchrun="together")

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+import parallel
+
 INTERRUPTED = "interrupted"
 NO_MEMORY = r"out of memory|can't allocate|(CUBLAS|CUSOLVER|CUDNN)_STATUS_ALLOC_FAILED"
 LESS = {"--samples": "fewer --samples", "--length": "a smaller --length",
@@ -18,11 +20,12 @@ LESS = {"--samples": "fewer --samples", "--length": "a smaller --length",
 running = None  # the parser of the command that runs, which knows its options
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], torchrun: str | None = None) -> None:
     """Run a command's main(). A user's mistake or an interruption leaves one line and exit code 2.
 
     Mistakes are ValueError, OSError and running out of memory. Anything else is a bug, whose
-    traceback is shown. FLATTENGPT_TRACEBACK=1 shows all tracebacks.
+    traceback is shown. FLATTENGPT_TRACEBACK=1 shows all tracebacks. `torchrun` is that
+    of parallel.start.
     """
     stopped = []
 
@@ -36,6 +39,7 @@ def run(main: Callable[[], None]) -> None:
         if not nohup:
             signal.signal(number, stop)  # a kill or a lost connection cleans up, too
     try:
+        parallel.start(torchrun)
         main()
     except KeyboardInterrupt:
         fail(INTERRUPTED)
@@ -86,7 +90,17 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
 
 
 def fail(message: str) -> None:
-    """Leave with one line on stderr and exit code 2."""
+    """Leave with one line on stderr and exit code 2.
+
+    Of several processes the first speaks at once. The others wait: what they have to say may be the
+    same, and torchrun ends all when one has ended.
+    """
+    if parallel.rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if message == INTERRUPTED:
+            sys.exit(2)
+        time.sleep(10)
+        message = f"process {parallel.rank()}: {message}"
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may stand there
     print(f"{clear}error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -96,8 +110,12 @@ def progress(items: Iterable, what: str | Callable[[], str], total: int) -> Iter
     """Yield the items, and tell on stderr how many are done, seconds for each, and time left.
 
     `what` says of what, or is a function that says it anew each time. A terminal gets one line that
-    changes. A log gets a line every half minute, and the last.
+    changes. A log gets a line every half minute, and the last. Of several processes the first
+    tells.
     """
+    if parallel.rank():
+        yield from items
+        return
     start, last, live = time.monotonic(), 0.0, sys.stderr.isatty()
     for done, item in enumerate(items, 1):
         yield item

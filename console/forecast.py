@@ -2,7 +2,16 @@
 
 All sizes are in bytes. `itemsize` is that of the dtype in which the run computes.
 """
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
 from checkpoint.config import Config
+
+MARGIN = 1.2  # peaks that were measured are up to 1.15 times what is computed
+ON_HOST = {"streams", "a few windows"}  # whatever the device is
 
 
 def stream(config: Config, samples: int, length: int, itemsize: int = 4) -> int:
@@ -33,6 +42,36 @@ def pruning(config: Config, samples: int, length: int, itemsize: int, width: int
     numbers = (width * config.intermediate_size) ** 2
     return flattening(config, samples, length, itemsize, width) | {
         "statistics": 4 * numbers, "solve": 8 * numbers}
+
+
+def free_memory(device: str) -> float:
+    """Return the bytes that can be had on a device; infinity where the system does not say.
+
+    Processes that torchrun has started on this machine share its memory.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except OSError:
+        pass
+    return float("inf")
+
+
+def largest_group(memory: Callable[[int], dict[str, int]], most: int, device: str) -> int:
+    """Return how many blocks a group can have, from 2 to `most`, for the memory that is free.
+
+    memory(width) says what a group of `width` blocks takes. A margin stays for what that leaves
+    out. Two blocks are always tried.
+    """
+    elsewhere = ON_HOST if torch.device(device).type == "cuda" else set()
+    free = free_memory(device) / MARGIN
+    for width in range(most, 2, -1):
+        if sum(size for name, size in memory(width).items() if name not in elsewhere) <= free:
+            return width
+    return 2
 
 
 def row(what: str, parts: dict[str, int]) -> str:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+import parallel
 from console import command, cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +77,9 @@ def compute_dtype(name: str | None, device: str, stored: torch.dtype,
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason})") from None
+    if parallel.ranks() > 1 and torch.device(device).index is not None:
+        raise ValueError(f"--device {device} is one device for {parallel.ranks()} processes; give "
+                         f"{torch.device(device).type}, and each takes one of its own")
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu:
         note_threads()

@@ -35,29 +35,34 @@ EXERCISES = [
         "test_cosines_of_zero_and_equal_streams",
         "test_cosine_sums_of_two_streams_written_out"),
         ("F.normalize(x[t:t + step]", "unit @ unit.T")),
-    Exercise(4, "flatten.py", "select_groups", "tests/test_flatten.py", (
+    Exercise(4, "calibrate.py", "spread", "tests/test_calibrate.py", (
+        "test_every_token_of_a_short_text_is_in_the_sample",
+        "test_each_stretch_of_the_text_gives_one_token_of_the_sample",
+        "test_a_sample_is_the_same_each_time_and_meets_any_position_of_a_window"),
+        ("(torch.arange(n) + chance)",)),
+    Exercise(5, "flatten.py", "merges_for_ratio", "tests/test_flatten.py", (
+        "test_the_ratio_counts_all_parameters_and_is_reached",
+        "test_ratios_out_of_reach_are_refused_with_what_is_possible"),
+        ("merges * share >= ratio",)),
+    Exercise(6, "flatten.py", "select_groups", "tests/test_flatten.py", (
         "test_the_worked_example_of_greedy_grouping",
         "test_each_merge_joins_the_neighbours_whose_ends_are_most_alike"),
         ("S[merged[p][0], merged[p][-1]]", "groups[p:p + 2] = [groups[p] + groups[p + 1]]")),
-    Exercise(5, "flatten.py", "flatten_blocks", "tests/test_flatten.py", (
+    Exercise(7, "flatten.py", "flatten_blocks", "tests/test_flatten.py", (
         "test_a_flattened_block_is_the_sum_of_its_members_for_any_input",
         "test_flattened_shapes_are_those_of_a_wide_block",
         "test_a_single_block_is_returned_as_it_is"),
         ("dim=1 if name in WRITES else 0",)),
-    Exercise(6, "flatten.py", "merges_for_ratio", "tests/test_flatten.py", (
-        "test_the_ratio_counts_all_parameters_and_is_reached",
-        "test_ratios_out_of_reach_are_refused_with_what_is_possible"),
-        ("merges * share >= ratio",)),
-    Exercise(7, "prune.py", "query_heads_of", "tests/test_prune.py", (
+    Exercise(8, "prune.py", "query_heads_of", "tests/test_prune.py", (
         "test_query_heads_of_kv_heads",),
         ("kv_heads[:, None] * n_rep", "j*n_rep .. j*n_rep")),
-    Exercise(8, "prune.py", "head_importance", "tests/test_prune.py", (
+    Exercise(9, "prune.py", "head_importance", "tests/test_prune.py", (
         "test_head_importance_is_size_times_row_norm_summed_over_a_kv_head",),
         ("o_proj.to(sizes).norm(dim=0)", "E|o_c| |W_O,c|")),
-    Exercise(9, "prune.py", "prune_attention", "tests/test_prune.py", (
+    Exercise(10, "prune.py", "prune_attention", "tests/test_prune.py", (
         "test_kept_queries_still_meet_their_keys",),
         ('[:, keep["q"]]',)),
-    Exercise(10, "prune.py", "ridge_leverage", "tests/test_prune.py", (
+    Exercise(11, "prune.py", "ridge_leverage", "tests/test_prune.py", (
         "test_leverage_of_two_channels_in_numbers",
         "test_leverage_is_the_weight_of_a_channel_in_its_own_regression",
         "test_leverage_lies_in_0_to_1_and_sums_to_the_effective_dimension"),
@@ -66,7 +71,7 @@ EXERCISES = [
          "[C (C + lambda I)^-1]_ii",
          "ridge * inverse_diagonal",
          "C @ torch.linalg.inv(C")),
-    Exercise(11, "prune.py", "nystrom_down", "tests/test_prune.py", (
+    Exercise(12, "prune.py", "nystrom_down", "tests/test_prune.py", (
         "test_keeping_every_channel_is_the_identity",
         "test_dropping_one_of_two_equal_channels_adds_their_rows",
         "test_compensation_is_the_ridge_least_squares_optimum"),
@@ -74,19 +79,44 @@ EXERCISES = [
          "C_RK (C_KK + lambda I)^-1",
          "cholesky_solve(to_fold, factor)",
          "solve(C_KK + ridge")),
-    Exercise(12, "evaluate.py", "window_losses", "tests/test_evaluate.py", (
+    Exercise(13, "evaluate.py", "window_losses", "tests/test_evaluate.py", (
         "test_losses_in_pieces_are_the_mean_over_the_window",),
         ("window[:-1].split(1024)",)),
-    Exercise(13, "evaluate.py", "losses_streamed", "tests/test_evaluate.py", (
+    Exercise(14, "evaluate.py", "losses_streamed", "tests/test_evaluate.py", (
         "test_streamed_losses_read_each_block_once",
         "test_perplexity_equals_the_plain_loop_streamed_or_not"),
         ("run_block(source.block(i), xs)",), seconds=180),
-    Exercise(14, "beyond/regression.py", "eliminate_units", "tests/test_beyond.py", (
-        "test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum",),
-        ("tr(V_j^T [P_jj]^-1 V_j)", "|V_i|^2 / P_ii", "solve(P_own, V[left])")),
     Exercise(15, "beyond/lora.py", "LoRA.merged", "tests/test_recover.py", (
         "test_lora_changes_nothing_at_first_and_merging_changes_nothing_at_last",),
         ("self.scale * self.B @ self.A",)),
+    Exercise(16, "beyond/lessons.py", "teacher_loss", "tests/test_recover.py", (
+        "test_the_teachers_loss_of_two_words_in_numbers",
+        "test_the_divergence_from_itself_is_zero_and_has_no_gradient",
+        "test_the_teachers_loss_is_cross_entropy_minus_the_teachers_entropy"),
+        ("kullback_leibler(teachers.float()",)),
+    Exercise(17, "compare/width.py", "narrower", "tests/test_compare.py", (
+        "test_nothing_gets_narrower_if_nothing_must_go",
+        "test_width_keeps_the_parameter_budget",
+        "test_a_methods_own_biases_count_and_some_channel_must_stay"),
+        ("(budget - attention - norms)",)),
+    Exercise(18, "beyond/grouping.py", "least_damage", "tests/test_beyond.py", (
+        "test_the_least_damage_to_four_blocks",
+        "test_least_damage_is_the_best_of_all_partitions",
+        "test_least_damage_to_many_blocks_is_found_without_trying_all_partitions",
+        "test_more_merges_than_the_tried_groups_allow_are_refused"),
+        ("best[start, before]",)),
+    Exercise(19, "beyond/regression.py", "unit_costs", "tests/test_beyond.py", (
+        "test_the_costs_of_two_rows_in_numbers",
+        "test_a_cost_is_by_how_much_the_objective_grows",
+        "test_elimination_is_greedy_by_brute_force_and_leaves_the_optimum"),
+        ("tr(V_j^T [P_jj]^-1 V_j)",
+         "|V_i|^2 / P_ii",
+         "solve(P_own, V[units])",
+         "M.diagonal() / P.diagonal()",
+         "V.norm(dim=1).square() / diagonal")),
+    Exercise(20, "parallel/__init__.py", "whole", "tests/test_parallel.py", (
+        "test_what_each_process_puts_in_place_adds_up_to_the_whole",),
+        ("everything[rank()::ranks()]",)),
 ]
 
 

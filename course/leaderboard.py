@@ -8,10 +8,13 @@ An entry is a folder with one Python file that defines
 It runs in a process of its own, which is given calibration text only. What it returns is saved as
 an ordinary checkpoint. That folder is what counts: it must open, have the model's vocabulary, and
 at most four fifths of its parameters. Then held-out text judges it. Training is against the rules,
-and the time limit leaves little room for it. This is NO SANDBOX, as in course/grade.py.
+and the time limit leaves little room for it. In the recovery task the same function may train, on
+the text that it is given; it gets more text and more time. This is NO SANDBOX, as in
+course/grade.py.
 
     python -m course.leaderboard ENTRY [ENTRY ...]        ENTRY is a folder, or a method's name
     python -m course.leaderboard shortgpt flattengpt      methods of python -m compare as entries
+    python -m course.leaderboard --task recover ENTRY     the recovery task
 """
 import argparse
 import importlib.util
@@ -41,6 +44,7 @@ from text.tokenizer import load_tokenizer
 from text.wikitext import PYTHON, held_out_text
 
 ROOT = Path(__file__).parents[1]
+TASKS = {"compress": (64, 120), "recover": (320, 900)}  # windows of text, seconds
 SHARE = 0.2     # of all parameters must go
 WINDOWS = 128   # of held-out text judge
 STARTING = 60   # seconds to start Python and read the text, beyond the time limit
@@ -135,17 +139,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("entries", nargs="+", metavar="ENTRY",
                         help="a folder with one Python file, or a method's name")
     parser.add_argument("--ckpt", default=BUNDLED, help="default: the bundled checkpoint")
-    parser.add_argument("--seconds", type=float, default=120,
-                        help="time limit for an entry's function (default %(default)s)")
+    parser.add_argument("--task", choices=TASKS, default="compress", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, help="time limit for an entry's function "
+                        "(default: 120, to recover 900)")
     parser.add_argument("--write", type=Path, help="only compress, into this folder")
     parser.add_argument("--data", nargs="+", default=[PYTHON],
                         help="text; its last tenth, or the library's held-out modules, judge "
                              "(default: Python's library)")
-    parser.add_argument("--samples", type=int, default=64,
-                        help="windows of calibration text (default %(default)s)")
+    parser.add_argument("--samples", type=int, help="windows of text that the function gets "
+                        "(default: 64, to recover 320)")
     parser.add_argument("--length", type=int, default=256,
                         help="tokens in a window (default %(default)s)")
     args = parser.parse_args()
+    samples, seconds = TASKS[args.task]
+    args.samples = samples if args.samples is None else args.samples
+    args.seconds = seconds if args.seconds is None else args.seconds
     if args.samples < 1 or args.length < 2 or not 0 < args.seconds < math.inf:
         raise ValueError("--samples must be at least 1, --length at least 2, --seconds positive")
     return args
@@ -161,7 +169,7 @@ def main() -> None:
     windows = torch.tensor(load_tokenizer(dense.path).encode(text))
     windows = spread(windows_of(windows, args.length), WINDOWS)
     dense_loss = loss_of(dense.path, windows)
-    print(f"{dense.name}, {args.samples} x {args.length} tokens to calibrate on, judged on "
+    print(f"{dense.name}, {args.samples} x {args.length} tokens for the function, judged on "
           f"{len(windows)} windows of {args.length} of {name}\n\n"
           "| entry | parameters | blocks | perplexity | excess loss | seconds |\n"
           "|---|---|---|---|---|---|\n"

@@ -1,6 +1,7 @@
 """Run the code of WALKTHROUGH.md from top to bottom, and put what each piece prints below it.
 
-    python -m course.walkthrough        renews the outputs in course/WALKTHROUGH.md; 20 seconds
+    python -m course.walkthrough                  renews the outputs in it; 20 seconds
+    python -m course.walkthrough --section 3      runs sections 1 to 3, shows what the last prints
 """
 import contextlib
 import io
@@ -34,8 +35,23 @@ def execute(document: str) -> tuple[str, list[tuple[str, str]]]:
     return CELL.sub(run, document), outputs
 
 
+def section(number: int) -> str:
+    """Run the walkthrough up to the end of a section. Returns what this section prints."""
+    before, heading, rest = DOCUMENT.read_text().partition(f"\n## {number}. ")
+    if not heading:
+        raise ValueError(f"--section {number}: there is no such section in {DOCUMENT}")
+    own = heading + rest.partition("\n## ")[0]
+    _, outputs = execute(before + own)
+    return "".join(printed for _, printed in outputs[-len(CELL.findall(own)):])
+
+
 def main() -> None:
-    console.parser("Renew the outputs in the walkthrough.", __doc__).parse_args()
+    parser = console.parser("Renew the outputs in the walkthrough.", __doc__)
+    parser.add_argument("--section", type=int, help="show what this one prints, and change nothing")
+    args = parser.parse_args()
+    if args.section is not None:
+        print(section(args.section), end="")
+        return
     document, outputs = execute(DOCUMENT.read_text())
     partial = DOCUMENT.with_name(f".{DOCUMENT.name}.partial")
     partial.write_text(document)

@@ -8,6 +8,8 @@ import torch
 import console
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # pytest -n auto has a process for each core
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), console.cores()))
 
 

@@ -116,13 +116,47 @@ def test_similarity_does_not_depend_on_how_the_text_is_cut(ckpt, monkeypatch):
         assert_close(getattr(small, name), getattr(whole, name), atol=1e-6, rtol=1e-5)
 
 
-def test_a_sample_has_one_token_of_each_stretch_at_any_position_of_a_window():
+def test_of_a_long_text_evenly_spread_windows_are_measured(ckpt, monkeypatch):
+    tokens, source = random_tokens(13, 16), Checkpoint(ckpt)
+    run = tiny.runner(source.config, 16, torch.float32)
+    monkeypatch.setattr(calibrate, "ENOUGH", 5 * 16 + 15)
+    assert calibrate.windows_measured(13, 16) == 5 and calibrate.windows_measured(3, 16) == 3
+    assert calibrate.windows_measured(13, 1000) == 1
+    assert_close(measure(source, tokens, run).S, measure(source, tokens[[0, 2, 5, 7, 10]], run).S)
+    assert float((measure(source, tokens[:5], run).S - measure(source, tokens, run).S).abs().max())
+
+
+def test_every_token_of_a_short_text_is_in_the_sample():
+    for tokens in (1, 5, calibrate.SAMPLE):
+        tiny.expect(f"the sample of {tokens} tokens", torch.arange(tokens), spread(tokens))
+
+
+@pytest.mark.parametrize("size, tokens", [(4, 12), (4, 10), (2048, 8 * 2048), (2048, 5000)])
+def test_each_stretch_of_the_text_gives_one_token_of_the_sample(monkeypatch, size, tokens):
+    monkeypatch.setattr(calibrate, "SAMPLE", size)
+    places = spread(tokens)
+    assert len(places) == size, f"tokens in the sample\nexpected: {size}\ncame:     {len(places)}"
+    starts = torch.arange(size) * tokens / size  # whole numbers only if `size` divides `tokens`
+    stops = starts + tokens / size
+    inside = (places > starts - 1) & (places < stops)
+    assert inside.all(), (f"a sample of {size} of {tokens} tokens\nexpected: one each from the "
+                          f"stretches that start at {tiny.shown(starts)}\n"
+                          f"came:     {tiny.shown(places)}")
+
+
+def test_a_sample_is_the_same_each_time_and_meets_any_position_of_a_window():
     n, length = calibrate.SAMPLE, 256
     places = spread(8 * n)
-    assert torch.equal(places // 8, torch.arange(n))
-    counts = (places % length).bincount(minlength=length)
-    assert counts.max() < n / 16  # a fixed step would meet 32 positions only
-    assert torch.equal(spread(n - 5), torch.arange(n - 5))
+    tiny.expect("the same sample, drawn again", places, spread(8 * n))
+    most = int((places % length).bincount(minlength=length).max())
+    assert most < n / 64, ("tokens at one position of their windows of 256, at most\n"
+                           f"expected: fewer than {n // 64}\ncame:     {most}")
+
+
+def test_the_sample_is_cut_into_pieces_of_neighbours():
+    pieces, sample = calibrate.pieces_of(64, 256), spread(64 * 256)
+    assert torch.equal((pieces.flatten() >= 0).nonzero().flatten(), sample)
+    assert torch.equal(pieces[pieces >= 0], torch.arange(32).repeat_interleave(64))
 
 
 def test_distant_streams_are_compared_on_the_sample_and_neighbours_on_all_tokens(ckpt, monkeypatch):
@@ -150,7 +184,7 @@ def test_the_error_of_a_cosine_is_that_of_a_mean_over_pieces(monkeypatch):
     monkeypatch.setattr(calibrate, "PIECES", 2)
     x = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
     y = torch.tensor([[2.0, 0], [0, 3], [0, 1], [1, 0]])
-    mean, error = mean_cosines([x, y], torch.device("cpu"))
+    mean, error = mean_cosines([x, y], torch.tensor([0, 0, 1, 1]), torch.device("cpu"))
     assert_close(mean, torch.tensor([[1, 0.5], [0.5, 1]]).double())
     assert_close(error, torch.tensor([[0, 0.5], [0.5, 0]]).double())
 

@@ -309,22 +309,51 @@ def test_the_posterior_share_is_the_best_of_its_grid():
     assert len({round(loss, 6) for loss in tried}) > 1
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_width_keeps_the_parameter_budget(n):
+def narrow(cfg, heads, channels):
+    """Return the config of a model whose blocks keep this many KV heads and channels."""
+    group = cfg.num_attention_heads // cfg.num_key_value_heads
+    return dataclasses.replace(cfg, num_key_value_heads=heads, num_attention_heads=group * heads,
+                               intermediate_size=channels)
+
+
+CHANGES = [{"model_type": "llama"}, {}, {"model_type": "qwen3"}]  # biases; norms of heads
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_nothing_gets_narrower_if_nothing_must_go(changes):
+    cfg = tiny.config(**changes)
+    tiny.expect("KV heads and channels of each block, if no block must go",
+                (cfg.num_key_value_heads, cfg.intermediate_size), width.narrower(cfg, 0))
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("n, heads", [(1, 2), (2, 1), (3, 1), (4, 1)])
+def test_width_keeps_the_parameter_budget(changes, n, heads):
     """What is left of the budget would not pay for one more channel in every block."""
-    cfg = tiny.config()
-    heads, channels = width.narrower(cfg, n)
-    new = dataclasses.replace(cfg, num_key_value_heads=heads, num_attention_heads=3 * heads,
-                              intermediate_size=channels)
-    L = cfg.num_hidden_layers
-    left = (L - n) * cfg.block_parameters() - L * new.block_parameters()
-    assert 0 <= left < L * 3 * cfg.hidden_size
+    cfg = tiny.config(**changes, intermediate_size=80)
+    kept, channels = width.narrower(cfg, n)
+    tiny.expect(f"KV heads of 2 if {n} of 5 blocks must go", heads, kept)
+    L, gone = cfg.num_hidden_layers, n * cfg.block_parameters()
+    lost = cfg.parameters() - narrow(cfg, kept, channels).parameters()
+    assert gone <= lost < gone + L * 3 * cfg.hidden_size, (
+        f"parameters lost by 5 blocks with {kept} KV heads and {channels} channels each\n"
+        f"expected: the {gone} of {n} blocks, and less than {3 * cfg.hidden_size} more a block\n"
+        f"came:     {lost}")
+
+
+def test_a_methods_own_biases_count_and_some_channel_must_stay():
+    cfg, biases = tiny.config(), 2 * 32
+    heads, channels = width.narrower(cfg, 1, biases)
+    left = 4 * cfg.block_parameters() - 5 * (narrow(cfg, heads, channels).block_parameters()
+                                             + biases)
+    assert 0 <= left < 5 * 3 * 32, f"parameters left\nexpected: 0 to 479\ncame:     {left}"
+    with pytest.raises(ValueError):
+        width.narrower(cfg, 5)
 
 
 def test_width_keeps_everything_if_nothing_must_go():
     dense = random_network(5)
-    cfg, text = dense.config, calibration(dense)
-    assert width.narrower(cfg, 0) == (cfg.num_key_value_heads, cfg.intermediate_size)
+    text = calibration(dense)
     same = width.uniform(dense, 0, text)
     assert torch.allclose(logits(same, text), logits(dense, text), atol=1e-8)
 

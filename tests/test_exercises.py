@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from course.exercises import EXERCISES, ROOT, get_body, set_body
+from course.exercises import EXERCISES, POINTS, ROOT, get_body, set_body
 from course.grade import grade
 from course.grade import main as grade_main
 from course.handout import FOR_TEACHERS, LEFT_OUT, handout, squeezed
@@ -68,6 +68,13 @@ def test_the_handout_holds_no_solution_and_no_history(student):
         assert str(name) in FOR_TEACHERS or (student / name).read_bytes() == path.read_bytes()
 
 
+def test_every_link_in_the_handout_leads_somewhere(student):
+    assert "](docs/teaching.md" in (ROOT / "README.md").read_text()
+    for path in student.rglob("*.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+
+
 def texts_of(folder):
     """Return the texts of a copy of the project, without blanks, under their paths in it."""
     paths = [path for kind in ("*.py", "*.md", "*.svg", "*.ipynb", "*.toml")
@@ -87,7 +94,7 @@ def test_no_expression_that_gives_a_solution_away_is_left_in_the_handout(student
                        if path.name != "exercises.py"), secret
             assert not [path for path, text in copy.items() if secret in text], secret
     leverage = (student / "prune.py").read_text()
-    assert "(left out: exercise 10)" in leverage and "(left out: exercise 11)" in leverage
+    assert "(left out: exercise 11)" in leverage and "(left out: exercise 12)" in leverage
 
 
 HOSTILE = {  # function: (its points, words of the remark, its body); ORIGINAL is the right body
@@ -195,7 +202,29 @@ def test_the_text_names_every_exercise_its_function_and_its_tests():
         section = section_of("EXERCISES.md", exercise)
         assert f"`{exercise.function}`" in section and exercise.file in section
         assert all(test in section for test in exercise.tests)
-        assert "**Question.**" in section and "Answer" not in section and "minutes" in section
+        assert "**Question.**" in section and "Answer" not in section
+        assert "**Success.**" in section and re.search(r"\*\*\d+\sminutes\*\*,\sneeds\s", section)
+
+
+def test_the_plan_of_a_week_adds_up():
+    minutes = [int(re.search(r"\*\*(\d+)\sminutes", section_of("EXERCISES.md", exercise))[1])
+               for exercise in EXERCISES]
+    plan = re.findall(r"exercises (\d+) to (\d+):.* \| (\d+) \| (\d+) \|$",
+                      (ROOT / "docs" / "teaching.md").read_text(), re.MULTILINE)
+    left = 0
+    for first, last, time, points in (map(int, row) for row in plan):
+        assert first == left + 1 and points == POINTS * (last - left)
+        assert time == sum(minutes[left:last])
+        left = last
+    assert left == len(EXERCISES)
+
+
+def test_what_the_walkthrough_prints_as_success_stands_in_it():
+    walkthrough = (ROOT / "course" / "WALKTHROUGH.md").read_text()
+    promises = [success for exercise in EXERCISES if "course.walkthrough" in (
+        success := section_of("EXERCISES.md", exercise).split("**Success.**")[1])]
+    numbers = set(re.findall(r"\d+\.\d+", "".join(promises)))
+    assert len(promises) >= 6 and numbers <= set(re.findall(r"\d+\.\d+", walkthrough)), numbers
 
 
 def test_the_answers_are_apart_with_what_wrong_ones_reveal():

@@ -55,7 +55,7 @@ def test_a_dry_run_tells_what_the_run_makes_and_reads_and_writes_nothing(
     code, printed, _ = cli(script.main, *arguments, "--no-eval")
     blocks, sizes = printed[printed.index("wrote"):].split(": ", 1)[1].split(" blocks, ")
     assert code == 0 and f"-> {blocks} blocks, {sizes.strip()}" in told
-    assert f"{passes} passes of at most 8 x 32 tokens" in told
+    assert f"one pass of 8 x 32 tokens and {passes - 1} of at most 8 x 32, each" in told
     streams = sum(forecast.measuring(Checkpoint(ckpt).config, 8, 32, 4, SAMPLE).values())
     assert f"{streams / 1e6:,.0f} MB" in told and told.count("memory, ") == 3
 
@@ -64,3 +64,24 @@ def test_a_dry_run_that_only_flattens_removes_no_parameter(ckpt, cli):
     code, told, _ = cli(flatten.main, "--ckpt", ckpt, "--keep-wide", "--dry-run")
     before, after = told.split(" blocks, ")[1].split(" parameters")[0].split(" -> ")
     assert code == 0 and before == after and "solve" not in told
+
+
+def test_the_largest_group_is_what_the_memory_holds(monkeypatch):
+    def memory(width: int) -> dict[str, int]:
+        return {"streams": 50, "solve": 10 * width ** 2}
+    for free, blocks in ((1e9, 7), (1.2 * 300, 5), (1.2 * 299, 4), (0, 2)):
+        monkeypatch.setattr(forecast, "free_memory", lambda device, free=free: free)
+        assert forecast.largest_group(memory, 7, "cpu") == blocks
+    monkeypatch.setattr(forecast, "free_memory", lambda device: 1.2 * 249)
+    assert forecast.largest_group(memory, 7, "cuda") == 4  # streams stay on the host
+
+
+def test_a_group_that_memory_does_not_hold_is_not_planned(ckpt, cli, monkeypatch):
+    arguments = "--ckpt", ckpt, "--ratio", 0.2, "--dry-run"
+    assert "--max-group" not in cli(flatten.main, *arguments)[1]
+    monkeypatch.setattr(forecast, "free_memory", lambda device: 0)
+    code, told, _ = cli(flatten.main, *arguments)
+    assert code == 0 and "too little for groups of 3 blocks: --max-group 2" in told
+    assert told.count(" blocks  ") == 1
+    code, _, error = cli(flatten.main, "--ckpt", ckpt, "--ratio", 0.5, "--dry-run")
+    assert code == 2 and "groups of at most 2 allow 2 merges" in error

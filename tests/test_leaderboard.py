@@ -11,9 +11,10 @@ from course import leaderboard
 from text.tokenizer import load_tokenizer
 from text.wikitext import calibration_text, held_out_text
 
+EXAMPLE, RECOVERY = re.findall(r"```python\n(.*?)```", (
+    tiny.ROOT / "course" / "LEADERBOARD.md").read_text(), re.DOTALL)
 ENTRIES = {
-    "example": re.search(r"```python\n(.*?)```", (
-        tiny.ROOT / "course" / "LEADERBOARD.md").read_text(), re.DOTALL)[1],
+    "example": EXAMPLE,
     "same": "def compress(network, n, text):\n    return network\n",
     "broken": "def compress(network, n, text):\n    raise ValueError('no idea')\n",
     "spy": """
@@ -54,6 +55,20 @@ def test_entries_are_checked_and_scored_and_see_calibration_text_only(ckpt, text
     for window in seen:
         words = " ".join(map(str, window))
         assert words in calibration and words not in judged
+
+
+def test_the_recovery_task_gives_more_text_and_its_example_learns(ckpt, text_file, tmp_path, cli):
+    losses = []
+    for name, peak in (("taught", "3e-3"), ("idle", "0.0")):
+        (tmp_path / name).mkdir()
+        code = RECOVERY.replace("PEAK = 3e-3", f"PEAK = {peak}")
+        (tmp_path / name / "entry.py").write_text(code)
+    code, out, _ = cli(leaderboard.main, "--task", "recover", tmp_path / "taught",
+                       tmp_path / "idle", "--ckpt", ckpt, "--data", text_file, "--length", 16)
+    assert code == 0 and "320 x 16 tokens for the function" in out, out
+    for name in ("taught", "idle"):
+        losses.append(float(re.search(rf"\| {name} .* \| (-?[\d.]+) \| [\d.]+ \|", out)[1]))
+    assert losses[0] < losses[1]
 
 
 def test_an_entry_that_does_not_end_is_stopped(ckpt, text_file):

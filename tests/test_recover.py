@@ -78,21 +78,37 @@ def small(ckpt, tmp_path, text_file, cli):
 
 # ---- losses
 
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-4), (torch.bfloat16, 1e-3)])
+def test_the_teachers_loss_of_two_words_in_numbers(dtype, digits):
+    """One token has KL((1/2, 1/2) || (1/4, 3/4)) = 0.1438, and of another both say the same."""
+    q, p = torch.tensor([[[1.0, 3.0], [5.0, 5.0]], [[1.0, 1.0], [7.0, 7.0]]]).log().to(dtype)
+    tiny.expect(f"two tokens, {dtype}; the student says 1/4 and 3/4 where the teacher says 1/2, "
+                "and then the same as the teacher", torch.tensor([0.1438, 0]), teacher_loss(q, p),
+                atol=digits, rtol=0)
+
+
 def test_the_divergence_from_itself_is_zero_and_has_no_gradient():
     z = numbers(7, 50).requires_grad_()
     losses = teacher_loss(z, z.detach())
     losses.sum().backward()
-    assert losses.shape == (7,) and losses.detach().abs().max() < 1e-6 and z.grad.abs().max() < 1e-6
+    tiny.expect("the losses of a student that is its teacher", torch.zeros(7), losses.detach(),
+                atol=1e-6, rtol=0)
+    tiny.expect("its gradient", torch.zeros_like(z), z.grad, atol=1e-6, rtol=0)
 
 
 def test_the_teachers_loss_is_cross_entropy_minus_the_teachers_entropy():
     z, t = numbers(7, 50), numbers(7, 50, seed=1)
     p = t.softmax(-1)
     entropy = -(p * p.log()).sum(-1)
-    expected = F.cross_entropy(z, p, reduction="none") - entropy
-    assert torch.allclose(teacher_loss(z, t).double(), expected, atol=1e-5)
-    assert torch.allclose(label_loss(z, torch.arange(7)).double(), -z.log_softmax(-1).diagonal(),
-                          atol=1e-5)
+    tiny.expect("the losses of 7 tokens, of 50 words",
+                F.cross_entropy(z, p, reduction="none") - entropy, teacher_loss(z, t).double(),
+                atol=1e-5, rtol=0)
+
+
+def test_the_loss_of_labels_is_that_of_the_right_words():
+    z = numbers(7, 50)
+    assert torch.allclose(label_loss(z, torch.arange(7)).double(),
+                          -z.log_softmax(-1).diagonal(), atol=1e-5)
 
 
 def test_the_hidden_loss_is_relative_to_each_teachers_size():

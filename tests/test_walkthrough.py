@@ -5,7 +5,7 @@ import re
 import pytest
 
 from course.notebook import NOTEBOOK, notebook
-from course.walkthrough import CELL, DOCUMENT, VERSION, execute
+from course.walkthrough import CELL, DOCUMENT, VERSION, execute, main
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -33,6 +33,15 @@ def test_a_cell_that_prints_something_else_is_noticed():
     renewed, outputs = execute(f"{first}\n{second}")
     assert outputs == [("", ""), ("4\n", "3\n")]
     assert "3\n```" in renewed and len(CELL.findall(renewed)) == 2
+
+
+def test_a_section_shows_what_it_alone_prints_and_changes_nothing(cli):
+    before = DOCUMENT.read_text()
+    code, out, _ = cli(main, "--section", 3)
+    assert code == 0 and out.startswith("6 merges remove") and out.count("after merge") == 6
+    assert DOCUMENT.read_text() == before
+    code, _, err = cli(main, "--section", 99)
+    assert code == 2 and "no such section" in err and err.count("\n") == 1
 
 
 def test_the_notebook_is_made_of_the_walkthrough():
