@@ -408,7 +408,8 @@ def describe(args: argparse.Namespace, source: Checkpoint) -> dict:
     given = {name: value for name, value in chosen.items() if value or name == "seed"}
     line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
                    **given)
-    return {**chosen, "processes": parallel.ranks(), "student_sha256": source.digest(), "command": line}
+    return {**chosen, "processes": parallel.ranks(), "student_sha256": source.digest(),
+            "command": line}
 
 
 def learn(student: Transformer, teacher: Transformer, groups: list[list[int]], texts: list,

@@ -42,7 +42,8 @@ from text.wikitext import PYTHON, evaluation_text
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "compare" / "results" / "smollm2" / "results.jsonl"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-BLUE, ORANGE, GREY, INK = "#4878a8", "#d98032", "#c8c8c8", "#444444"
+LOOPS = RESULTS.parents[1] / "loops.jsonl"
+BLUE, ORANGE, GREEN, GREY, INK = "#4878a8", "#d98032", "#6a9a58", "#c8c8c8", "#444444"
 UNIT = 0.4  # width of a head in the sketch of the method
 
 
@@ -288,6 +289,34 @@ def real_llm(path: Path, rows: list[dict]) -> None:
     save(fig, path)
 
 
+def loops(path: Path, rows: list[dict]) -> None:
+    """What each pass of a trained loop does to a model: the loss, and how many tokens get better.
+
+    `rows` are those of python -m beyond.recursion --rows, of one model. Plain training is passes
+    = 1.
+    """
+    fig, (loss, share) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for row in rows:
+        if row["passes"] == 1:
+            loss.axhline(row["losses"][0], color=INK, linewidth=1, linestyle=":")
+            loss.text(1, row["losses"][0], "plain training", fontsize=8, color=INK, va="bottom")
+            continue
+        name, color = (("LoRA, no connector", GREY) if row["no_connector"] else
+                       ("LoRA, connectors, beta 1", GREEN) if row["beta"] == 1 else
+                       ("LoRA, connectors", ORANGE) if row["lora"] else ("connectors", BLUE))
+        passes = range(1, len(row["losses"]) + 1)
+        loss.plot(passes, row["losses"], marker="o", color=color, label=name)
+        share.plot(passes, row["improved"], marker="o", color=color, label=name)
+    share.plot(passes, [0.5 ** (r - 1) for r in passes], color=INK, linewidth=1, linestyle=":",
+               label="a coin")
+    low = min(row["losses"][0] for row in rows)
+    loss.set(xlabel="pass", ylabel="loss, nats a token", xticks=passes, ylim=(low - 0.1, low + 0.5))
+    share.set(xlabel="pass", ylabel="tokens better at every pass", xticks=passes, ylim=(0, 1.05))
+    share.yaxis.set_major_formatter("{x:.0%}")
+    share.legend(frameon=False, fontsize=8)
+    save(fig, path)
+
+
 def loss_curve(path: Path, rows: list[dict]) -> None:
     """Loss of the bundled checkpoint during training."""
     fig, ax = plt.subplots(figsize=(6, 2.8))
@@ -316,6 +345,7 @@ def main() -> None:
     pipeline(HERE / "pipeline.svg")
     beyond(HERE / "beyond.svg")
     real_llm(HERE / "smollm2.svg", read_rows(RESULTS))
+    loops(HERE / "loops.svg", read_rows(LOOPS))
     loss_curve(HERE / "loss.svg", read_rows(BUNDLED.with_name("loss.jsonl")))
     args = argparse.Namespace(data=PYTHON, samples=64, length=256, seed=None, ridge=None)
     defaults(args)
