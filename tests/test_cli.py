@@ -306,7 +306,7 @@ def test_calibrate_says_which_texts_it_used(tmp_path, ckpt, cli, two_texts):
     code, out, err = cli(calibrate.main, "--ckpt", ckpt, "--data", *two_texts,
                          "--out", tmp_path / "S.npy", *SHORT[:-1])
     assert code == 0, err
-    assert "8 x 32 tokens of text.txt, first 90% + other words.txt, first 90%, seed 0" in out
+    assert "windows of 32 tokens of text.txt, first 90% + other words.txt, first 90%, seed 0" in out
 
 
 def test_calibrate_replaces_a_matrix_only_when_asked_and_nothing_else_at_all(tmp_path, ckpt, run):
