@@ -13,26 +13,42 @@ add, relative to the stream.
     python calibrate.py --ckpt PATH            prints both for a model and saves S as an .npy file
 """
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import console
 import parallel
+from checkpoint.config import read_json
 from checkpoint.reader import Checkpoint
 from console import progress
 from console.options import add_run_options, compute_dtype, defaults
-from model import Block, Runner, batches, check_finite, embed, sum_dtype
+from model import (
+    Block,
+    Runner,
+    Transformer,
+    batches,
+    check_finite,
+    embed,
+    generate,
+    load,
+    sum_dtype,
+)
 from text.tokenizer import Tokenizer, load_tokenizer
-from text.wikitext import calibration_text
+from text.wikitext import SELF, cache_folder, calibration_text, complete
 
 ENOUGH = 2**14  # tokens of the text tell how alike its streams are
 SAMPLE = 2048  # of these, tokens on which streams that are not neighbours are compared
 PIECES = 32    # of that sample: their differences tell the error of S
+TOGETHER = 16  # windows that the model writes at a time, for --data self
+TEMPERATURE = 1.0  # at which it writes them: as often as it predicts
 
 
 def calibration_tokens(ids: Tensor, n: int, length: int, seed: int,
@@ -53,9 +69,10 @@ def calibration_tokens(ids: Tensor, n: int, length: int, seed: int,
     return torch.stack([ids[start:start + length] for start in starts.tolist()])
 
 
-def mixed_tokens(texts: list[Tensor], n: int, length: int, seed: int) -> Tensor:
-    """Cut n windows (n, length) out of m texts in turn. A text is its token ids (tokens,).
+def mixed_tokens(texts: list[Tensor | Callable], n: int, length: int, seed: int) -> Tensor:
+    """Cut n windows (n, length) out of m texts in turn.
 
+    A text is its token ids (tokens,), or the function that writes windows, as read_texts has it.
     In each round of m windows every text has one turn, in random order. If the order were fixed,
     methods that look at every fourth window might see one text only. A text that is given twice
     gets a double share. One text alone gives the windows of calibration_tokens. ValueError if a
@@ -68,11 +85,14 @@ def mixed_tokens(texts: list[Tensor], n: int, length: int, seed: int) -> Tensor:
     rounds = [torch.randperm(m, generator=generator) for _ in range(0, n, m)]
     turns = torch.cat(rounds)[:n]                           # which text each window is from
     tokens = torch.empty(n, length, dtype=torch.long)
-    for i, ids in enumerate(texts, 1):
-        same = torch.tensor([torch.equal(ids, other) for other in texts])
+    # what is written comes last: a text that is too short fails before that long work
+    for i, ids in sorted(enumerate(texts, 1), key=lambda text: callable(text[1])):
+        same = torch.tensor([ids is other if callable(ids) or callable(other) else
+                             torch.equal(ids, other) for other in texts])
         rows = same[turns]                                  # all turns of a text given twice
         name = f"text {i} of --data" if m > 1 else "the calibration text"
-        tokens[rows] = calibration_tokens(ids, int(rows.sum()), length, seed, name)
+        windows = ids if callable(ids) else partial(calibration_tokens, ids, name=name)
+        tokens[rows] = windows(int(rows.sum()), length, seed)
     return tokens
 
 
@@ -208,26 +228,104 @@ def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tenso
     return y, torch.stack([variance, *norms, cosine_sums([x, y])[0, 1]])
 
 
-def read_texts(tokenizer: Tokenizer, data: list[str] | None) -> tuple[list[Tensor], str]:
-    """Read the token ids (tokens,) of each calibration text.
+# ---- calibration text
 
-    Returns them, and the names of the texts in one string.
+def opening(tokenizer: Tokenizer, config: dict) -> int:
+    """Choose the token before the first one of a document, from which a model can write one.
+
+    It is BOS if the tokenizer puts that in front. Else it is <|endoftext|>, which SmolLM and Qwen
+    have between documents, or else the BOS or the end that tokenizer or config.json name.
+    ValueError if they name none.
     """
-    data = data or [None]
-    texts = {path: calibration_text(path) for path in data}  # each is read once, if given twice
-    ids = {path: torch.tensor(tokenizer.encode(text), dtype=torch.long)
-           for path, (text, _) in texts.items()}
-    return [ids[path] for path in data], " + ".join(texts[path][1] for path in data)
+    end = tokenizer.added.get("<|endoftext|>")
+    first = tokenizer.bos_id if tokenizer.add_bos or end is None else end.id
+    named = [first, config.get("bos_token_id"), config.get("eos_token_id")]
+    ids = [i for i in named if type(i) is int]
+    if not ids:
+        raise ValueError("--data self: neither the tokenizer nor config.json names a token that "
+                         "starts or ends a text; name another text")
+    return ids[0]
+
+
+def write(net: Transformer, starts: Tensor, length: int, seed: int) -> Tensor:
+    """Let a model write windows (n, length) of text. Each begins with its start, of starts (n, 1).
+
+    Tokens are drawn at TEMPERATURE. After an end of text the model goes on with another one. Chance
+    is that of a batch, so windows depend on TOGETHER. Several processes share the batches.
+    """
+    ids = torch.zeros(len(starts), length, dtype=torch.long)
+    rows = torch.arange(len(starts)).split(TOGETHER)
+    seeds = torch.randint(2**62, (len(rows),), generator=torch.Generator().manual_seed(seed))
+    mine = parallel.share(list(zip(rows, seeds.tolist(), strict=True)))
+    for k, (batch, chance) in enumerate(mine, 1):
+        what = f"write text, batch {k} of {len(mine)}: tokens"
+        ids[batch] = generate(net, starts[batch], length - 1, TEMPERATURE, seed=chance,
+                              steps=lambda n, what=what: progress(range(n), what, n)).cpu()
+    return parallel.total(ids)
+
+
+def written(source: Checkpoint, first: int, device: str, dtype: torch.dtype, n: int, length: int,
+            seed: int) -> Tensor:
+    """Read n windows (n, length) that the model has written, each from the token `first` on.
+
+    They are written now, with the whole model in memory, unless they are in the user's cache. A
+    checkpoint of --keep-wide needs those of the dense model. ValueError if these are not there, if
+    the file is damaged, or if the model holds NaN or infinity.
+    """
+    digest = (read_json(source.path / "flatten.json").get("source_sha256") if source.is_wide
+              else source.digest())
+    kind = f"{n}x{length}-seed{seed}-t{TEMPERATURE:g}-{str(dtype).removeprefix('torch.')}"
+    path = cache_folder() / f"self-{digest}-{kind}.safetensors"
+    if parallel.total(int(path.exists())) == parallel.ranks():  # each of several processes has it
+        try:
+            ids = safetensors.torch.load_file(path)["ids"]
+        except (safetensors.SafetensorError, KeyError):
+            ids = torch.empty(0)
+        if ids.dtype != torch.long or ids.shape != (n, length) or not (ids[:, 0] == first).all():
+            raise ValueError(f"{path} is damaged, or of another tokenizer; delete it, and the "
+                             "model writes it again")
+        return ids
+    if source.is_wide:
+        raise ValueError(f"{source.path}: the text that the dense model wrote is not at {path} any "
+                         "more, and a wide model would write another; flatten again")
+    with complete(path) as file:
+        net, starts = load(source.path, device, dtype), torch.full((n, 1), first, device=device)
+        check_finite(net.state_dict() | {"its predictions": net(starts[:1])}, str(source.path))
+        ids = write(net, starts, length, seed)
+        file.write(safetensors.torch.save({"ids": ids}))
+    return ids
+
+
+def read_texts(ckpt: Path, args: argparse.Namespace) -> tuple[list[Tensor | Callable], str]:
+    """Read the token ids (tokens,) of each text of --data, by the checkpoint's own tokenizer.
+
+    In place of the model's own text there is a function: (windows, length, seed) -> ids (windows,
+    length). Returns them, and the names of the texts in one string.
+    """
+    tokenizer, data, read = load_tokenizer(ckpt), args.data or [None], {}
+    for path in dict.fromkeys(data):  # each is read once, if given twice
+        if path == SELF:
+            source = Checkpoint(ckpt)
+            dtype = compute_dtype(args.dtype, args.device, source.dtype)
+            first = opening(tokenizer, source.raw)
+            read[path] = (partial(written, source, first, args.device, dtype),
+                          f"the model's own text at temperature {TEMPERATURE:g}")
+        else:
+            text, name = calibration_text(path)
+            read[path] = torch.tensor(tokenizer.encode(text), dtype=torch.long), name
+    return [read[path][0] for path in data], " + ".join(read[path][1] for path in data)
 
 
 def read_tokens(ckpt: Path, args: argparse.Namespace) -> tuple[Tensor, str]:
-    """Read calibration windows (samples, length), by the checkpoint's own tokenizer.
+    """Read calibration windows (samples, length), or let the model write them.
 
     Returns them, and the names of the texts that they are from.
     """
-    texts, names = read_texts(load_tokenizer(ckpt), args.data)
+    texts, names = read_texts(ckpt, args)
     return mixed_tokens(texts, args.samples, args.length, args.seed), names
 
+
+# ---- the command
 
 def show(measured: Measurement) -> None:
     """Print a table of the blocks, and S."""

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import console
 import parallel
-from calibrate import SAMPLE, measure, read_tokens, windows_measured
+from calibrate import SAMPLE, TOGETHER, measure, read_tokens, windows_measured
 from checkpoint.config import Config, read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer, check_output
@@ -54,7 +54,7 @@ from evaluate import compare, probe, relative_error, sample, through, windows_of
 from model import Runner, check_finite, embed
 from prune import of_block, prune_attention, prune_channels, prune_heads, prune_mlp
 from text.tokenizer import load_tokenizer
-from text.wikitext import PYTHON, held_out_text
+from text.wikitext import PYTHON, SELF, held_out_text
 
 BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
 QUICK_WINDOWS = 64  # of held-out text judge the quick start
@@ -345,6 +345,10 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, 
         limit = f" and at most {largest}" if largest else ""
         raise ValueError(f"--max-group must be at least 2{limit}; got {args.max_group}")
     args.out = args.out or Path("out") / f"{source.name}-{kind}-{args.ratio}"
+    if not args.no_eval and set(args.data or []) == {SELF}:
+        args.no_eval = True
+        print("no perplexity at the end: the model's own text cannot judge it; "
+              "python evaluate.py --data FILE can")
     if not args.no_eval and not args.dry_run:
         text, _ = held_out_text(args.data)
         windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length)
@@ -382,6 +386,10 @@ def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: 
     first = windows_measured(args.samples, args.length)
     print(f"one pass of {first} x {args.length} tokens and {passes - 1} of at most {args.samples} "
           f"x {args.length}, each reads every block once: {passes} x {size / 1e6:,.0f} MB")
+    if SELF in (args.data or []):
+        together = min(args.samples, TOGETHER)
+        print(forecast.row("writing text",
+                           forecast.writing(config, together, args.length, dtype.itemsize)))
     print(forecast.row("first pass", forecast.measuring(config, first, *shape[2:], SAMPLE)))
     for width in range(2, min(args.max_group or SHOWN_WIDTHS, merges + 1) + 1):
         print(forecast.row(f"{width} blocks", memory(*shape, width)))

@@ -17,7 +17,7 @@ Symbols    of the paper, and their names here: W_Q, W_K, W_V, W_O = q_proj, k_pr
            W_up, W_gate, W_down = up_proj, gate_proj, down_proj
 """
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -439,18 +439,18 @@ def symmetric(lower: Tensor) -> Tensor:
 @torch.inference_mode()
 def generate(net: Transformer, ids: Tensor, new_tokens: int, temperature: float = 0.0,
              top_k: int | None = None, seed: int = 0, stop: tuple[int, ...] = (),
-             use_cache: bool = True) -> Tensor:
+             use_cache: bool = True, steps: Callable[[int], Iterable] = range) -> Tensor:
     """Continue token ids (B, T) by up to new_tokens. Returns old and new ids, (B, T + new).
 
     Temperature 0 takes the likeliest token. Above 0, tokens are drawn from softmax(logits /
     temperature), with top_k only from the top_k likeliest. Stops early once every sequence has met
     one of the `stop` ids. Without the cache every step reads the whole text again: the same result,
-    slowly.
+    slowly. `steps` counts the new tokens; it may tell of them.
     """
     cache = Cache(ids.shape[1] + new_tokens) if use_cache else None
     generator = torch.Generator(ids.device).manual_seed(seed)
     done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    for _ in range(new_tokens):
+    for _ in steps(new_tokens):
         states = net.hidden(ids[:, cache.length:] if cache is not None else ids, cache)
         logits = net.head(states[:, -1]).float()                            # (B, V)
         if temperature == 0:

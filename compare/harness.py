@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +47,7 @@ from evaluate import windows_of
 from flatten import check_flattenable, merges_for_ratio
 from model import Runner
 from text.tokenizer import load_tokenizer
-from text.wikitext import evaluation_text, held_out_text
+from text.wikitext import SELF, evaluation_text, held_out_text
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Bench:
     """What all cells have in common. The dense model is read when the first cell asks for it."""
     source: Checkpoint
     calibration: str             # what texts the methods see
-    ids: list[Tensor]            # the tokens of each, (tokens,)
+    ids: list[Tensor | Callable]  # the tokens of each, (tokens,), or what writes windows
     judged: dict[str, Tensor]    # name of a text -> windows (N, T) of it
     samples: int                 # windows of calibration text
     trials: int                  # how many of them judge a trial
@@ -85,7 +86,8 @@ class Bench:
     def settings(self) -> dict:
         """Return what must be equal for results to be comparable."""
         sha256 = hashlib.sha256()
-        for ids in (*self.ids, *self.judged.values()):
+        read = [ids for ids in self.ids if not callable(ids)]  # else the model says it all
+        for ids in (*read, *self.judged.values()):
             sha256.update(hashlib.sha256(ids.numpy().tobytes()).digest())
         sha256.update(weights_digest(self.source))
         return {"checkpoint": self.source.name, "calibration": self.calibration,
@@ -226,16 +228,18 @@ def prepare(source: Checkpoint, args: argparse.Namespace) -> Bench:
     for ratio in args.ratios:
         merges_for_ratio(source.config, ratio, source.config.num_hidden_layers)
     tokenizer, judged = load_tokenizer(source.path), {}
-    ids, names = read_texts(tokenizer, args.data)
-    mixed_tokens(ids, args.samples, args.length, 0)  # fails now if a text is too short
-    others = [evaluation_text(path) for path in args.also]
-    for other, title in [held_out_text(args.data), *others]:
+    ids, names = read_texts(source.path, args)
+    texts = [evaluation_text(path) for path in args.also]
+    if not texts or set(args.data or []) != {SELF}:  # what a model writes itself cannot judge it
+        texts.insert(0, held_out_text(args.data))
+    for other, title in texts:
         if title in judged:
             raise ValueError(f"two texts are called {title}; rename one")
         windows = windows_of(torch.tensor(tokenizer.encode(other)), args.length)
         judged[title] = spread(windows, args.windows)
     dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     runner = Runner(source.config, args.length, args.device, dtype)
+    mixed_tokens(ids, args.samples, args.length, 0)  # fails now if a text is too short
     return Bench(source, names, ids, judged, args.samples, args.trials, runner)
 
 

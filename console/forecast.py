@@ -19,6 +19,13 @@ def stream(config: Config, samples: int, length: int, itemsize: int = 4) -> int:
     return samples * length * config.hidden_size * itemsize
 
 
+def writing(config: Config, together: int, length: int, itemsize: int) -> dict[str, int]:
+    """Return what the model holds that writes `together` windows of text at a time."""
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return {"model": config.parameters() * itemsize,
+            "keys and values": 2 * together * length * heads * config.head_dim * itemsize}
+
+
 def measuring(config: Config, samples: int, length: int, itemsize: int,
               sample: int) -> dict[str, int]:
     """Return what the first pass holds, with `sample` tokens of each of the L + 1 streams."""

@@ -32,10 +32,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("--data", nargs="+",
                         help="calibration text: a folder with wiki.*.raw, a .raw/.txt file, the "
-                             "WikiText-2 zip, or 'python' for Python's own library (default: "
+                             "WikiText-2 zip, 'python' for Python's own library, or 'self' for "
+                             "text that the model writes itself, once, whole in memory (default: "
                              "WikiText-2, downloaded once). Several texts give equal shares of the "
                              "windows, one named twice a double share; what judges is the held-out "
-                             "part of the first")
+                             "part of the first that is not 'self'")
     parser.add_argument("--samples", type=int, help="windows of calibration text (default 128)")
     parser.add_argument("--length", type=int, help="tokens in a window (default 2048)")
     parser.add_argument("--seed", type=int, help="which windows (default 0)")

@@ -72,7 +72,7 @@ def compress_of(entry: str) -> Callable:
 def compress(entry: str, out: Path, args: argparse.Namespace) -> None:
     """Let an entry compress the model, and save what it returns as a checkpoint folder."""
     source = Checkpoint(args.ckpt)
-    ids, _ = read_texts(load_tokenizer(source.path), args.data)
+    ids, _ = read_texts(source.path, args)
     tokens = mixed_tokens(ids, args.samples, args.length, seed=0)
     runner = Runner(source.config, args.length, "cpu", torch.float32)
     dense = Network.of(source)
@@ -150,6 +150,7 @@ def parse_args() -> argparse.Namespace:
                         "(default: 64, to recover 320)")
     parser.add_argument("--length", type=int, default=256,
                         help="tokens in a window (default %(default)s)")
+    parser.set_defaults(device="cpu", dtype="float32")
     args = parser.parse_args()
     samples, seconds = TASKS[args.task]
     args.samples = samples if args.samples is None else args.samples

@@ -82,11 +82,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     source, tokenizer = Checkpoint(BUNDLED), load_tokenizer(BUNDLED)
+    judged, name = held_out_text(args.data)
     tokens, text = read_tokens(BUNDLED, args)
     dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     runner = Runner(source.config, args.length, args.device, dtype)
     groups, models = variants(source, args.ratio, args.max_group, args.ridge, tokens, runner)
-    judged, name = held_out_text(args.data)
     windows = windows_of(torch.tensor(tokenizer.encode(judged)), args.length)
     windows = windows[::max(1, len(windows) // WINDOWS)][:WINDOWS]
     print(f"the bundled checkpoint, calibrated on {args.samples} x {args.length} tokens of {text}, "

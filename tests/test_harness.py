@@ -1,4 +1,5 @@
 """What `python -m compare` measures of a compressed model, and that it measures nothing twice."""
+import argparse
 import dataclasses
 import json
 import time
@@ -13,7 +14,6 @@ import calibrate
 from compare import harness, judge, network, rows, tables
 from compare.judge import Judge
 from compare.network import Calibration, Measured, Network, whole
-from text.tokenizer import load_tokenizer
 
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 OLD = ("agreement", "divergence")  # what rows of earlier versions lack
@@ -154,7 +154,8 @@ def test_several_calibration_texts_are_mixed_and_the_first_judges(command, tmp_p
     assert (code, err) == (0, "")
     assert "4 x 32 tokens of text.txt, first 90% + other.txt, first 90%, judged on 3 windows of " \
         "32 of text.txt, last 10%" in table
-    ids, _ = calibrate.read_texts(load_tokenizer(tmp_path / "tiny"), [str(text_file), str(other)])
+    args = argparse.Namespace(data=[str(text_file), str(other)])
+    ids, _ = calibrate.read_texts(tmp_path / "tiny", args)
     expected = [calibrate.mixed_tokens(ids, 4, 32, seed) for seed in (0, 0, 1)]  # dense is first
     assert all(map(torch.equal, seen, expected)) and len(seen) == 3
     code, _, err = cli(harness.main, *run)

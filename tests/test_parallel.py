@@ -25,7 +25,7 @@ import parallel
 from beyond.grouping import damages
 from beyond.recover import draw, held_out_loss, sum_gradients
 from beyond.refit import Fit, refit_groups
-from calibrate import measure
+from calibrate import measure, write
 from checkpoint.reader import Checkpoint
 from demo import tour
 from evaluate import divergence, losses, probe, readout
@@ -65,6 +65,7 @@ def made(ckpt: Path, windows: int) -> tuple[dict, list]:
     tensors["losses"] = parallel.whole(losses(net, mine, "cpu"))
     tensors["numbers"] = torch.tensor([divergence(logits_of, xs, logits_of, ys, run.device),
                                        held_out_loss(net, batch, "cpu"), *tried.values()])
+    tensors["written"] = write(net, torch.ones(40, 1, dtype=torch.long), 12, seed=0)
     net.requires_grad_(True)
     if len(mine):  # a process without windows has no gradients
         net(mine).square().sum().backward()

@@ -1,4 +1,5 @@
 """WikiText-2 and other text: found, or fetched once, and joined exactly as the field joins it."""
+import contextlib
 import hashlib
 import lzma
 import os
@@ -7,7 +8,9 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from text import stdlib
 
@@ -19,6 +22,7 @@ ZIP_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
 TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 MOST_TEXT_BYTES = 2**30
 PYTHON = "python"  # --data python: the text that the bundled checkpoint was trained on
+SELF = "self"      # --data self: text that the model writes itself, see calibrate.written
 HELD_OUT = 0.1  # share of a plain text file, at its end, that calibration never sees
 
 
@@ -50,9 +54,13 @@ def calibration_text(data: str | None) -> tuple[str, str]:
 def held_out_text(texts: list[str] | None) -> tuple[str, str]:
     """Read a text to judge a compressed model on: WikiText-2's test split.
 
-    Of another file it is the last tenth. Of several calibration texts the first decides.
+    Of another file it is the last tenth. Of several calibration texts the first decides that is not
+    the model's own. ValueError if all are.
     """
-    data = texts[0] if texts else None
+    data = next((text for text in texts or [None] if text != SELF), SELF)
+    if data == SELF:
+        raise ValueError("--data self: text that a model writes itself cannot judge it; name "
+                         "another text, too")
     path = source(data) if data != PYTHON else None
     if path is None or path.is_dir() or zipfile.is_zipfile(path):
         return evaluation_text(data)
@@ -161,8 +169,7 @@ def source(data: str | None) -> Path:
             raise ValueError(f"--data {data}: no such file or folder; expected a folder with "
                              f"wiki.*.raw, a text file, or {ZIP_NAME}")
         return Path(data)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flattengpt"
-    path = cache / ZIP_NAME
+    path = cache_folder() / ZIP_NAME
     if not path.is_file():
         url = os.environ.get("FLATTENGPT_WIKITEXT_URL", URL)
         try:
@@ -173,20 +180,35 @@ def source(data: str | None) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Return the user's folder for what is fetched or written once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flattengpt"
+
+
 def download(url: str, path: Path, size: int, sha256: str) -> None:
     """Fetch a file of known size and SHA-256. It appears complete and verified, or not at all.
 
     ValueError if the content differs, OSError if it cannot be fetched or stored.
     """
+    with complete(path) as file:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            data = response.read(size + 1)
+        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"{url} is not the expected file ({len(data)} bytes, {size} expected, "
+                             f"or another SHA-256); put the right one at {path}")
+        file.write(data)
+
+
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to be written, in a folder that is made if need be.
+
+    It appears at `path` at the end; after an error it does not appear at all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with urllib.request.urlopen(url, timeout=30) as response:
-        data = response.read(size + 1)
-    if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{url} is not the expected file ({len(data)} bytes, {size} expected, or "
-                         f"another SHA-256); put the right one at {path}")
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
-            file.write(data)
+            yield file
             file.close()
             os.replace(file.name, path)
         except BaseException:
