@@ -139,8 +139,9 @@ def windows_measured(N: int, T: int) -> int:
 def spread(tokens: int) -> Tensor:
     """Choose SAMPLE of the text's tokens, or all if there are fewer. Returns their indices.
 
-    The text is cut into SAMPLE equal stretches, and each gives one of its tokens by chance. A fixed
-    step could meet the same position in every window: the first token, for one, is like no other.
+    The text is cut into SAMPLE stretches, equal but for rounding, and each gives one token by
+    chance. A fixed step could meet the same position in every window: the first token, for one, is
+    like no other.
     """
     n = min(SAMPLE, tokens)
     chance = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

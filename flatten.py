@@ -74,7 +74,8 @@ def merges_for_ratio(config: Config, ratio: float, max_group: int) -> int:
     """Count the merges (blocks removed) that are needed to remove `ratio` of all parameters.
 
     The smallest number that removes at least this share; embeddings and head count. ValueError
-    outside (0, 1), or if groups of max_group blocks cannot remove that much.
+    outside (0, 1), or if groups of max_group blocks cannot remove that much; it names the most
+    merges that are possible, and their share.
     """
     if not 0 < ratio < 1:
         raise ValueError("--ratio is the fraction of all parameters to remove, between 0 and 1; "
@@ -131,7 +132,7 @@ def fold_norms(block: Weights) -> Weights:
 
     W diag(a) reads x/rms(x) as W reads a * x/rms(x).
     See paper section 3.2. The product is taken in float32 or better. Biases come after it and stay;
-    q_norm and k_norm act on heads and stay.
+    q_norm and k_norm act on heads and stay. `block` itself does not change.
     """
     folded = dict(block)
     for norm, readers in READS.items():
@@ -145,8 +146,8 @@ def flatten_blocks(blocks: list[Weights]) -> Weights:
     """Join any number of blocks into one whose attention and MLP are the sums of theirs.
 
     That holds for any input (paper Eqs. 7-11). Heads and channels are laid member after member,
-    query heads and KV heads alike, so every query keeps its keys. One block alone comes back
-    untouched.
+    query heads and KV heads alike, so every query keeps its keys. The members' norms are folded
+    first. One block alone comes back as it is.
     """
     if len(blocks) == 1:
         return blocks[0]

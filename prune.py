@@ -75,7 +75,10 @@ def keep_kv_heads(scores: Tensor, config: Config) -> Tensor:
 
 
 def prune_attention(weights: Weights, kv_heads: Tensor, config: Config) -> Weights:
-    """Cut a block to these KV heads and their query heads. Its MLP stays as it is."""
+    """Cut a block to these KV heads and their query heads, biases too. Its MLP stays as it is.
+
+    The norms on queries and keys (Qwen3) become those of the member whose heads stay.
+    """
     D = config.head_dim
     queries = query_heads_of(kv_heads, config.num_attention_heads // config.num_key_value_heads)
     keep = {"q": channels_of(queries, D), "k": channels_of(kv_heads, D),
@@ -124,9 +127,9 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
 
         s_i = [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii
 
-    Paper section 3.3. (There the inverse is printed outside the diagonal, which would keep the
-    weakest channels.) The sum of s is the effective number of dimensions of psi. A channel that
-    never fires has s = 0, and rounding must not lift it above that.
+    Paper section 3.3. (There the inverse is printed outside the diagonal, see docs/choices.md.) The
+    sum of s is the effective number of dimensions of psi. A channel that never fires has s = 0, and
+    rounding must not lift it above that.
     """
     alive = C.diagonal().double().sign()  # 1, or 0 for a channel that never fires
     if ridge == 0:

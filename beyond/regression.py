@@ -78,10 +78,10 @@ def alignment(cross: Tensor, factor: Tensor, ridge: float) -> Tensor:
 def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
     """Make these rows of V (n, C) zero, and let the others adapt, in place.
 
-    V minimises a quadratic whose inverse Hessian is P (n, n). Afterwards it minimises the quadratic
-    over the rows that remain, and P is the inverse of their Hessian, with zeros in the removed rows
-    and columns. This is the step of the optimal brain surgeon (Hassibi and Stork 1993), for several
-    rows at once.
+    V minimises tr(V^T A V) - 2 tr(V^T B), and P (n, n) is A^-1; regularised, A + ridge I stands for
+    A. Afterwards V minimises it over the rows that remain, and P is the inverse of their part of A,
+    with zeros in the removed rows and columns. This is the step of the optimal brain surgeon
+    (Hassibi and Stork 1993), for several rows at once.
     """
     factor = regularized_cholesky(P[rows][:, rows], 0.0)
     back, P_rows = P[:, rows], P[rows]

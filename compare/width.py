@@ -29,8 +29,9 @@ def narrower(config: Config, n: int, biases: int = 0) -> tuple[int, int]:
     """Return how many KV heads and channels each block keeps.
 
     The model then loses at least the parameters of n of its L blocks. Of the KV heads (L - n) / L
-    stay, rounded, at least one; channels make up the rest. `biases` is the number of parameters
-    that a method adds to each block. ValueError if no channel would remain.
+    stay, rounded as by round(), at least one; channels make up the rest, at most those there are.
+    `biases` is the number of parameters that a method adds to each block. ValueError if no channel
+    would remain.
     """
     L, C, D = config.num_hidden_layers, config.hidden_size, config.head_dim
     budget = config.block_parameters() * (L - n) // L - biases

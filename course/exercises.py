@@ -60,7 +60,8 @@ EXERCISES = [
         "test_head_importance_is_size_times_row_norm_summed_over_a_kv_head",),
         ("o_proj.to(sizes).norm(dim=0)", "E|o_c| |W_O,c|")),
     Exercise(10, "prune.py", "prune_attention", "tests/test_prune.py", (
-        "test_kept_queries_still_meet_their_keys",),
+        "test_kept_queries_still_meet_their_keys",
+        "test_with_head_norms_the_heads_of_one_member_work_as_in_that_member"),
         ('[:, keep["q"]]',)),
     Exercise(11, "prune.py", "ridge_leverage", "tests/test_prune.py", (
         "test_leverage_of_two_channels_in_numbers",
