@@ -22,6 +22,7 @@ blocks. Paper: FlattenGPT, arXiv 2602.08858.
     python flatten.py --ckpt WIDE                             do step 4 on what --keep-wide wrote
 """
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -312,12 +313,15 @@ def parse_args() -> argparse.Namespace:
 
 def quick_start(args: argparse.Namespace) -> None:
     """Complete the options for the bundled checkpoint. An earlier result of it may be replaced."""
-    args.ckpt, args.quick = os.path.relpath(BUNDLED), True
+    args.ckpt, args.quick = str(BUNDLED), True
+    with contextlib.suppress(ValueError):  # on Windows another drive has no relative path
+        args.ckpt = os.path.relpath(BUNDLED)
     defaults(args, {"data": PYTHON, "samples": 64, "length": 256})
     if args.out is None:
         args.out = Path("out") / f"demo-{'wide' if args.keep_wide else 'flat'}-{args.ratio}"
         record = args.out / "flatten.json"
-        if record.is_file() and f"--ckpt {args.ckpt} " in str(read_json(record).get("command")):
+        ours = f"--ckpt {shlex.quote(args.ckpt)} "
+        if record.is_file() and ours in str(read_json(record).get("command")):
             args.overwrite = True
 
 

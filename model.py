@@ -180,14 +180,15 @@ class Attention(nn.Module):
         q, k, v = self.project(n, rope)
         if cache is not None:
             k, v = cache.append(block, k, v)                                # (B, KV, S, D), S >= T
-        T, S = q.shape[2], k.shape[2]
+        (_, H, T, _), (_, KV, S, _) = q.shape, k.shape
+        if H > KV:  # each KV head serves H / KV query heads that follow each other
+            k, v = (part.repeat_interleave(H // KV, 1) for part in (k, v))
         # Three cases. One new token (T = 1) sees all S keys: no mask. A whole text (T = S): the
         # plain causal mask. T new tokens after S - T cached ones: row t sees keys 0 .. S-T+t.
         mask = None
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=n.device).tril(S - T)
-        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S,
-                                           enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, D)
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < T == S)  # (B, H, T, D)
         return o.transpose(1, 2).flatten(2)                                 # (B, T, H*D)
 
     def forward(self, n: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None,

@@ -304,7 +304,7 @@ def main() -> None:
         print(f"{len(others)} cells are still with other processes; the last writes the table")
         return
     text = report(bench, rows)
-    (out / "table.md").write_text(text + "\n")
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
     drawn = figures(rows, next(iter(bench.judged)), out)
     print(f"{text}\n\nwrote {out}/{RESULTS}, {out}/table.md; {drawn}")
     if all("error" in row for row in rows):

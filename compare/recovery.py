@@ -262,7 +262,7 @@ def main() -> None:
             f"{max(row['seed'] for row in rows)}, {args.device}, torch {torch.__version__}, commit "
             f"{', '.join(sorted({row['commit'] for row in rows}))}\n\n"
             f"`python -m compare.recovery {shlex.join(sys.argv[1:])}`\n\n{table(rows, dense)}")
-    (args.out / "table.md").write_text(text + "\n")
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n\nwrote {args.out}; {figure(rows, args.out)}")
 
 

@@ -108,7 +108,10 @@ def curve(rows: list[dict], method: str, quantity: str, text: str) -> list[tuple
 
 
 def figures(rows: list[dict], text: str, out: Path) -> str:
-    """Draw perplexity against parameters removed and against seconds. Says what was drawn."""
+    """Draw perplexity against parameters removed and against seconds. Says what was drawn.
+
+    Lines against parameters start at the dense model.
+    """
     try:
         import matplotlib
         matplotlib.use("svg")
@@ -126,8 +129,9 @@ def figures(rows: list[dict], text: str, out: Path) -> str:
             ("removed", "share of all parameters removed", "linear", "-"),
             ("seconds", "seconds of compression", "log", "")):
         fig, ax = plt.subplots(figsize=(8, 4 if few else 5), layout="constrained")
+        start = [(0.0, dense["perplexity"][text])] if dense and line else []
         for number, method in enumerate(methods):
-            points = curve(good, method, quantity, text)
+            points = start + curve(good, method, quantity, text)
             ax.plot(*zip(*points, strict=True), marker="osv^Dx+*"[number % 8], markersize=5,
                     linestyle=line, linewidth=1.5 if few else 0.8,
                     label=LABELS.get(method, method))
@@ -135,8 +139,9 @@ def figures(rows: list[dict], text: str, out: Path) -> str:
             ax.axhline(dense["perplexity"][text], color="#444444", linewidth=1, linestyle=":",
                        label="dense")
         ax.set(xlabel=label, ylabel=f"perplexity, {text}", yscale="log", xscale=scale)
-        ax.yaxis.set_major_formatter(LogFormatter())  # 30, not 3 × 10¹
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(LogFormatter())  # 30, not 3 × 10¹
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         if quantity == "removed":
             ax.xaxis.set_major_formatter("{x:.0%}")
         ax.legend(fontsize=9 if few else 6, ncols=1 if few else 2, loc="upper left",

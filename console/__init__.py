@@ -1,6 +1,7 @@
 """What a user of the commands sees besides results: progress, and one line for an error."""
 import argparse
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -38,6 +39,8 @@ def run(main: Callable[[], None], torchrun: str | None = None) -> None:
         nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
         if not nohup:
             signal.signal(number, stop)  # a kill or a lost connection cleans up, too
+    if isinstance(sys.stdout, io.TextIOWrapper):  # on Windows a file may lack a model's letters
+        sys.stdout.reconfigure(errors="replace")
     try:
         parallel.start(torchrun)
         main()

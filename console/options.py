@@ -3,6 +3,7 @@ import argparse
 import functools
 import hashlib
 import math
+import os
 import platform
 import sys
 from importlib.metadata import version
@@ -91,11 +92,16 @@ def compute_dtype(name: str | None, device: str, stored: torch.dtype,
 
 @functools.cache  # one line a run is enough
 def note_threads() -> None:
-    """Say so, once, on stderr if there are more threads than cores: they wait for each other."""
-    threads, most = torch.get_num_threads(), cores()
-    if threads > most:
-        print(f"note: {threads} threads on {most} core(s) are slow; set OMP_NUM_THREADS={most}",
-              file=sys.stderr)
+    """Say so, once, on stderr if there are more threads than cores: they wait for each other.
+
+    The threads are those of all processes that torchrun has started on this machine.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads, most = processes * torch.get_num_threads(), cores()
+    if threads > most and parallel.rank() == 0:
+        advice = f"set OMP_NUM_THREADS={max(1, most // processes)}"
+        advice = advice if processes <= most else f"start at most {most} process(es)"
+        print(f"note: {threads} threads on {most} core(s) are slow; {advice}", file=sys.stderr)
 
 
 def describe_run(script: str, args: argparse.Namespace, tokens: Tensor, text_name: str,

@@ -224,6 +224,23 @@ def test_a_curve_has_one_point_a_ratio_in_order():
     assert tables.curve(drawn_rows(), "last", "seconds", "t")[0] == pytest.approx((2.5, 38.5))
 
 
+@pytest.mark.parametrize("methods, ratios", [(1, [0.2]), (1, [0.1, 0.2, 0.3]), (4, [0.1, 0.2])])
+def test_each_line_against_parameters_starts_at_the_dense_model(tmp_path, monkeypatch, methods,
+                                                                ratios):
+    axes = pytest.importorskip("matplotlib.axes")
+    lines, plot = [], axes.Axes.plot
+    monkeypatch.setattr(axes.Axes, "plot", lambda ax, x, y, **style: (
+        lines.append((x, y)), plot(ax, x, y, **style))[1])
+    names = ["dense", "shortgpt", "flattengpt", "flat-refit", "last"][:methods + 1]
+    tables.figures([row for row in drawn_rows() if row["method"] in names
+                    and row["ratio"] in [0.0, *ratios]], "t", tmp_path)
+    removed, seconds = lines[:methods], lines[methods:]
+    assert len(seconds) == methods
+    for (x, y), (spent, _) in zip(removed, seconds, strict=True):
+        assert x == pytest.approx((0, *(ratio + 0.01 for ratio in ratios))) and y[0] == 20
+        assert spent == pytest.approx([2.5] * len(ratios))  # none for the dense model
+
+
 def test_the_figures_name_their_lines_in_plain_words(tmp_path):
     pytest.importorskip("matplotlib")
     assert "removed.svg" in tables.figures(drawn_rows(), "t", tmp_path)

@@ -8,7 +8,10 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from pathlib import Path
 
+import matplotlib.colors
+import matplotlib.image
 import pytest
 import tiny
 import torch
@@ -20,8 +23,12 @@ from console import picture
 from console.page import page
 
 SHORT = ["--samples", 8, "--length", 32, "--ratio", 0.3]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
-                                                "chrome", "headless_shell"))), None)
+BROWSER = next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome", "msedge",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+    "C:/Program Files (x86)/Microsoft/Edge/Application/msedge.exe",
+    *map(str, Path.home().glob(".cache/ms-playwright/chromium*/*/chrome"))))), None)
 VOID = {"meta", "br", "hr", "img", "link", "input"}  # elements of HTML that have no end
 
 
@@ -213,12 +220,37 @@ def test_pruning_a_wide_checkpoint_draws_nothing_and_says_so(tmp_path, run, cli)
     assert code == 2 and "--plot is for a model that has not been flattened" in err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-def test_a_browser_opens_the_page(tmp_path, run):
+def shown(file, folder):
+    """Open a page in a browser. Returns its elements, complaints, requests and picture."""
+    folder.mkdir()
+    done = subprocess.run([
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-component-update", "--enable-logging=stderr", f"--user-data-dir={folder}",
+        f"--log-net-log={folder / 'net.json'}", f"--screenshot={folder / 'page.png'}",
+        "--window-size=1200,1600", "--dump-dom", file.as_uri()],
+        capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    complaints = [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
+    events = json.loads((folder / "net.json").read_text(encoding="utf-8"))["events"]
+    requests = [event["params"]["url"] for event in events if "url" in event.get("params", {})]
+    return done.stdout, complaints, requests, matplotlib.image.imread(folder / "page.png")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_a_browser_draws_the_page_without_a_complaint_or_a_request(tmp_path, run):
     file = tmp_path / "report.html"
     assert run(flatten.main, "--no-eval", "--report", file)[0] == 0
-    shown = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
-                            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-                            file.as_uri()], capture_output=True, text=True, timeout=120)
-    assert shown.returncode == 0 and "<h2>Groups</h2>" in shown.stdout and "<svg" in shown.stdout
-    assert shown.stdout.count("<table>") == 2
+    elements, complaints, requests, picture_of = shown(file, tmp_path / "profile")
+    assert "<h2>Groups</h2>" in elements and elements.count("<table>") == 2
+    assert not complaints and not requests
+    for name in ("flattened", "selected", "compensated"):  # the bars can be seen
+        color = torch.tensor(matplotlib.colors.to_rgb(picture.COLORS[name]))
+        near = (torch.from_numpy(picture_of)[..., :3] - color).abs().amax(-1) < 0.01
+        assert near.sum() > 1000, name
+    bad = "<img src='http://127.0.0.1:9/x.png'><script>nothing()</script>"
+    file.write_text(file.read_text(encoding="utf-8") + bad, encoding="utf-8")
+    _, complaints, requests, _ = shown(file, tmp_path / "again")
+    assert len(complaints) == 2 and not requests  # both are forbidden by the page itself
+    file.write_text(bad)
+    _, complaints, requests, _ = shown(file, tmp_path / "bad")
+    assert complaints and set(requests) == {"http://127.0.0.1:9/x.png"}  # they would be seen
