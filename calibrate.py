@@ -346,11 +346,8 @@ def save(S: Tensor, out: Path) -> None:
     """Write S as an .npy file, which appears complete or not at all."""
     if parallel.rank():
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    with open(partial, "wb") as file:
+    with complete(out) as file:
         np.save(file, S.numpy())
-    partial.replace(out)
 
 
 def main() -> None:
