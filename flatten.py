@@ -388,8 +388,7 @@ def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: 
           f"x {args.length}, each reads every block once: {passes} x {size / 1e6:,.0f} MB")
     if SELF in (args.data or []):
         together = min(args.samples, TOGETHER)
-        print(forecast.row("writing text",
-                           forecast.writing(config, together, *shape)))
+        print(forecast.row("writing text", forecast.writing(config, together, *shape)))
     print(forecast.row("first pass", forecast.measuring(config, few, *shape, SAMPLE)))
     for width in range(2, min(args.max_group or SHOWN_WIDTHS, merges + 1) + 1):
         print(forecast.row(f"{width} blocks", memory(config, mine, *shape, width)))
