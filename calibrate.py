@@ -51,51 +51,6 @@ TOGETHER = 16  # windows that the model writes at a time, for --data self
 TEMPERATURE = 1.0  # at which it writes them: as often as it predicts
 
 
-def calibration_tokens(ids: Tensor, n: int, length: int, seed: int,
-                       name: str = "the calibration text") -> Tensor:
-    """Cut n windows (n, length) out of token ids (tokens,), at random places that the seed decides.
-
-    ValueError if the text has fewer than n * length tokens: windows would mostly repeat each other.
-    """
-    if len(ids) < length:
-        raise ValueError(f"{name} has {len(ids)} tokens, fewer than one window of "
-                         f"--length {length}; give a longer text or a smaller --length")
-    if len(ids) < n * length:
-        raise ValueError(f"{name} has {len(ids)} tokens, and {n} windows of --length {length} ask "
-                         f"for {n * length}; give a longer text, or fewer --samples "
-                         f"({len(ids) // length} windows fit)")
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(ids) - length + 1, (n,), generator=generator)
-    return torch.stack([ids[start:start + length] for start in starts.tolist()])
-
-
-def mixed_tokens(texts: list[Tensor | Callable], n: int, length: int, seed: int) -> Tensor:
-    """Cut n windows (n, length) out of m texts in turn.
-
-    A text is its token ids (tokens,), or the function that writes windows, as read_texts has it.
-    In each round of m windows every text has one turn, in random order. If the order were fixed,
-    methods that look at every fourth window might see one text only. A text that is given twice
-    gets a double share. One text alone gives the windows of calibration_tokens. ValueError if a
-    text is too short for its share, or if there are fewer windows than texts.
-    """
-    m = len(texts)
-    if n < m:
-        raise ValueError(f"--samples {n} is too few for {m} texts; give at least one for each")
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(m, generator=generator) for _ in range(0, n, m)]
-    turns = torch.cat(rounds)[:n]                           # which text each window is from
-    tokens = torch.empty(n, length, dtype=torch.long)
-    # what is written comes last: a text that is too short fails before that long work
-    for i, ids in sorted(enumerate(texts, 1), key=lambda text: callable(text[1])):
-        same = torch.tensor([ids is other if callable(ids) or callable(other) else
-                             torch.equal(ids, other) for other in texts])
-        rows = same[turns]                                  # all turns of a text given twice
-        name = f"text {i} of --data" if m > 1 else "the calibration text"
-        windows = ids if callable(ids) else partial(calibration_tokens, ids, name=name)
-        tokens[rows] = windows(int(rows.sum()), length, seed)
-    return tokens
-
-
 @dataclass
 class Measurement:
     """What one pass tells about a model of L blocks: means over tokens.
@@ -231,6 +186,82 @@ def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tenso
 
 # ---- calibration text
 
+def calibration_tokens(ids: Tensor, n: int, length: int, seed: int,
+                       name: str = "the calibration text") -> Tensor:
+    """Cut n windows (n, length) out of token ids (tokens,), at random places that the seed decides.
+
+    ValueError if the text has fewer than n * length tokens: windows would mostly repeat each other.
+    """
+    if len(ids) < length:
+        raise ValueError(f"{name} has {len(ids)} tokens, fewer than one window of "
+                         f"--length {length}; give a longer text or a smaller --length")
+    if len(ids) < n * length:
+        raise ValueError(f"{name} has {len(ids)} tokens, and {n} windows of --length {length} ask "
+                         f"for {n * length}; give a longer text, or fewer --samples "
+                         f"({len(ids) // length} windows fit)")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - length + 1, (n,), generator=generator)
+    return torch.stack([ids[start:start + length] for start in starts.tolist()])
+
+
+def mixed_tokens(texts: list[Tensor | Callable], n: int, length: int, seed: int) -> Tensor:
+    """Cut n windows (n, length) out of m texts in turn.
+
+    A text is its token ids (tokens,), or the function that writes windows, as read_texts has it.
+    In each round of m windows every text has one turn, in random order. If the order were fixed,
+    methods that look at every fourth window might see one text only. A text that is given twice
+    gets a double share. One text alone gives the windows of calibration_tokens. ValueError if a
+    text is too short for its share, or if there are fewer windows than texts.
+    """
+    m = len(texts)
+    if n < m:
+        raise ValueError(f"--samples {n} is too few for {m} texts; give at least one for each")
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(m, generator=generator) for _ in range(0, n, m)]
+    turns = torch.cat(rounds)[:n]                           # which text each window is from
+    tokens = torch.empty(n, length, dtype=torch.long)
+    # what is written comes last: a text that is too short fails before that long work
+    for i, ids in sorted(enumerate(texts, 1), key=lambda text: callable(text[1])):
+        same = torch.tensor([ids is other if callable(ids) or callable(other) else
+                             torch.equal(ids, other) for other in texts])
+        rows = same[turns]                                  # all turns of a text given twice
+        name = f"text {i} of --data" if m > 1 else "the calibration text"
+        windows = ids if callable(ids) else partial(calibration_tokens, ids, name=name)
+        tokens[rows] = windows(int(rows.sum()), length, seed)
+    return tokens
+
+
+def read_texts(ckpt: Path, args: argparse.Namespace) -> tuple[list[Tensor | Callable], str]:
+    """Read the token ids (tokens,) of each text of --data, by the checkpoint's own tokenizer.
+
+    In place of the model's own text there is a function: (windows, length, seed) -> ids (windows,
+    length). Returns them, and the names of the texts in one string.
+    """
+    tokenizer, data, read = load_tokenizer(ckpt), args.data or [None], {}
+    for path in dict.fromkeys(data):  # each is read once, if given twice
+        if path == SELF:
+            source = Checkpoint(ckpt)
+            dtype = compute_dtype(args.dtype, args.device, source.dtype)
+            first = opening(tokenizer, source.raw)
+            read[path] = (partial(written, source, first, args.device, dtype),
+                          f"the model's own text at temperature {TEMPERATURE:g}")
+        else:
+            text, name = calibration_text(path)
+            read[path] = torch.tensor(tokenizer.encode(text), dtype=torch.long), name
+    return [read[path][0] for path in data], " + ".join(read[path][1] for path in data)
+
+
+def read_tokens(ckpt: Path, args: argparse.Namespace) -> tuple[Tensor, str]:
+    """Read calibration windows (samples, length), or let the model write them.
+
+    Returns them, and the names of the texts that they are from.
+    """
+    texts, names = read_texts(ckpt, args)
+    return mixed_tokens(texts, args.samples, args.length, args.seed), names
+
+
+# ---- text that the model writes itself, for --data self
+
 def opening(tokenizer: Tokenizer, config: dict) -> int:
     """Choose the token before the first one of a document, from which a model can write one.
 
@@ -297,35 +328,6 @@ def written(source: Checkpoint, first: int, device: str, dtype: torch.dtype, n: 
     return ids
 
 
-def read_texts(ckpt: Path, args: argparse.Namespace) -> tuple[list[Tensor | Callable], str]:
-    """Read the token ids (tokens,) of each text of --data, by the checkpoint's own tokenizer.
-
-    In place of the model's own text there is a function: (windows, length, seed) -> ids (windows,
-    length). Returns them, and the names of the texts in one string.
-    """
-    tokenizer, data, read = load_tokenizer(ckpt), args.data or [None], {}
-    for path in dict.fromkeys(data):  # each is read once, if given twice
-        if path == SELF:
-            source = Checkpoint(ckpt)
-            dtype = compute_dtype(args.dtype, args.device, source.dtype)
-            first = opening(tokenizer, source.raw)
-            read[path] = (partial(written, source, first, args.device, dtype),
-                          f"the model's own text at temperature {TEMPERATURE:g}")
-        else:
-            text, name = calibration_text(path)
-            read[path] = torch.tensor(tokenizer.encode(text), dtype=torch.long), name
-    return [read[path][0] for path in data], " + ".join(read[path][1] for path in data)
-
-
-def read_tokens(ckpt: Path, args: argparse.Namespace) -> tuple[Tensor, str]:
-    """Read calibration windows (samples, length), or let the model write them.
-
-    Returns them, and the names of the texts that they are from.
-    """
-    texts, names = read_texts(ckpt, args)
-    return mixed_tokens(texts, args.samples, args.length, args.seed), names
-
-
 # ---- the command
 
 def show(measured: Measurement) -> None:
@@ -347,11 +349,8 @@ def save(S: Tensor, out: Path) -> None:
     """Write S as an .npy file, which appears complete or not at all."""
     if parallel.rank():
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    with open(partial, "wb") as file:
+    with complete(out) as file:
         np.save(file, S.numpy())
-    partial.replace(out)
 
 
 def main() -> None:

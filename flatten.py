@@ -361,7 +361,7 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, 
     merges = merges_for_ratio(source.config, args.ratio, most)
     if args.max_group is None:
         dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
-        windows = -(-args.samples // parallel.ranks())
+        windows = len(parallel.share(range(args.samples)))
         group = partial(memory, source.config, windows, args.length, dtype.itemsize)
         fitting = forecast.largest_group(group, merges + 1, args.device)
         fitting = int(parallel.whole(torch.tensor([fitting])).min())  # of all processes
@@ -375,29 +375,28 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, 
 
 def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: Callable,
              passes: int = 2) -> None:
-    """Print what a run would make, read and hold in memory.
+    """Print what a run would make and read, and what each process would hold in memory.
 
     memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
     """
     check_output(args.out, source.path, args.overwrite)
     config, size = source.config, source.size()[1]
     dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
-    shape = config, args.samples, args.length, dtype.itemsize
+    first, shape = windows_measured(args.samples, args.length), (args.length, dtype.itemsize)
+    few, mine = (len(parallel.share(range(n))) for n in (first, args.samples))
     removed = 0 if memory is forecast.flattening else merges * config.block_parameters()
     print(f"{source.path}: {merges} merges, {config.num_hidden_layers} -> "
           f"{config.num_hidden_layers - merges} blocks, {config.parameters():,} -> "
           f"{config.parameters() - removed:,} parameters, ratio "
           f"{removed / config.parameters():.4f} (asked {args.ratio})")
-    first = windows_measured(args.samples, args.length)
     print(f"one pass of {first} x {args.length} tokens and {passes - 1} of at most {args.samples} "
           f"x {args.length}, each reads every block once: {passes} x {size / 1e6:,.0f} MB")
     if SELF in (args.data or []):
         together = min(args.samples, TOGETHER)
-        print(forecast.row("writing text",
-                           forecast.writing(config, together, args.length, dtype.itemsize)))
-    print(forecast.row("first pass", forecast.measuring(config, first, *shape[2:], SAMPLE)))
+        print(forecast.row("writing text", forecast.writing(config, together, *shape)))
+    print(forecast.row("first pass", forecast.measuring(config, few, *shape, SAMPLE)))
     for width in range(2, min(args.max_group or SHOWN_WIDTHS, merges + 1) + 1):
-        print(forecast.row(f"{width} blocks", memory(*shape, width)))
+        print(forecast.row(f"{width} blocks", memory(config, mine, *shape, width)))
     print("nothing has been read but the config, and nothing written (--dry-run)")
 
 

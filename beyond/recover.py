@@ -12,6 +12,7 @@ on from there, and ends with the same weights.
     python -m beyond.recover --ckpt out/NAME-refit-0.2 --teacher PATH --data questions.json
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -208,10 +209,12 @@ def save_state(path: Path, run: dict, facts: dict, trained: Weights,
     """Write all that a run needs to go on. The file appears complete, or the one before stays.
 
     It holds the trained weights, AdamW's moments, and as its metadata what the run is (`run`) and
-    how far it is (`facts`).
+    how far it is (`facts`). ValueError if another run has put its own there.
     """
     if parallel.rank():
         return
+    if path.exists():
+        check_run(path, run)
     tensors = {name: p.detach() for name, p in trained.items()}
     for name, p in trained.items():
         tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
@@ -224,32 +227,45 @@ def save_state(path: Path, run: dict, facts: dict, trained: Weights,
     os.replace(unfinished, path)
 
 
-def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.Optimizer) -> dict:
-    """Put weights and moments in place, and return the facts. ValueError if it is another run's."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator:
+    """Open a state to be read. ValueError, with what to do, if it turns out to be damaged."""
     try:
         with safe_open(path, "pt") as file:
-            written = json.loads(file.metadata()["run"])
-            differ = [name for name in run | written
-                      if run.get(name) != written.get(name) and name != "command"]
-            if differ:
-                raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the "
-                                 "same options, or delete it")
-            for name, p in trained.items():
-                p.data.copy_(file.get_tensor(name))
-            for entry in (key for key in file.keys() if "/" in key):  # noqa: SIM118
-                name, key = entry.split("/")
-                value = file.get_tensor(entry)
-                optimizer.state[trained[name]][key] = value if key == "step" else value.to(
-                    trained[name].device)
-            facts = json.loads(file.metadata()["facts"])
-            if not (0 < facts["steps"] <= run["steps"] and facts["tokens"] > 0 < facts["seconds"]
-                    and math.isfinite(facts.get("dense", 0.0) + sum(
-                        loss for _, loss in facts.get("held_out", [])))):
-                raise KeyError("its facts")
-            return facts
+            yield file
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
             json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to start anew") from None
+
+
+def check_run(path: Path, run: dict) -> None:
+    """ValueError if the state at `path` is of another run, or cannot be read."""
+    with opened(path) as file:
+        written = json.loads(file.metadata()["run"])
+        differ = [name for name in run | written
+                  if run.get(name) != written.get(name) and name != "command"]
+    if differ:
+        raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the same "
+                         "options or another --out, or delete it")
+
+
+def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.Optimizer) -> dict:
+    """Put weights and moments in place, and return the facts. ValueError as of check_run."""
+    check_run(path, run)
+    with opened(path) as file:
+        for name, p in trained.items():
+            p.data.copy_(file.get_tensor(name))
+        for entry in (key for key in file.keys() if "/" in key):  # noqa: SIM118
+            name, key = entry.split("/")
+            value = file.get_tensor(entry)
+            optimizer.state[trained[name]][key] = value if key == "step" else value.to(
+                trained[name].device)
+        facts = json.loads(file.metadata()["facts"])
+        if not (0 < facts["steps"] <= run["steps"] and facts["tokens"] > 0 < facts["seconds"]
+                and math.isfinite(facts.get("dense", 0.0) + sum(
+                    loss for _, loss in facts.get("held_out", [])))):
+            raise KeyError("its facts")
+    return facts
 
 
 # ---- training

@@ -6,9 +6,10 @@ fit runs the members beside the merged block, and compares n = 1.5 F channels in
 the fit's share falls with more text.
 
 The time of the whole run at --ratio is put together from these parts. Both methods measure every
-block once. Blocks that are not merged run once more, up to the last pair; after the first pair the
-fit sends two streams through them, the paper's method one. So two numbers are given: all pairs at
-the end, and the first pair at the start with the others at the end, where the fit costs most.
+block once, on as much of the text as calibrate.measure takes. Blocks that are not merged run once
+more, up to the last pair; after the first pair the fit sends two streams through them, the paper's
+method one. So two numbers are given: all pairs at the end, and the first pair at the start with the
+others at the end, where the fit costs most.
 
     python -m compare.refit_cost --shape tinyllama --samples 128 --length 1024
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 import console
 from beyond.refit import Fit
-from calibrate import observe
+from calibrate import observe, windows_measured
 from checkpoint.config import Config
 from checkpoint.reader import Weights
 from compare.speed import SHAPES, shape_config
@@ -103,6 +104,7 @@ def main() -> None:
     runner = Runner(config, args.length, args.device, dtype)
     shape, generator = (args.samples, args.length, config.hidden_size), torch.Generator()
     streams = torch.randn(shape, generator=generator.manual_seed(1)).to(dtype)
+    measured = windows_measured(args.samples, args.length)
 
     def merge(attention: Callable, mlp: Callable) -> None:
         next(merge_groups(pair, [[0, 1]], streams.clone(), runner, attention, mlp))
@@ -110,11 +112,11 @@ def main() -> None:
     def refit() -> None:
         fit = Fit(streams.clone(), runner)
         merge(fit.attention, fit.mlp)
-    works = {"measure": lambda: look(runner, pair.block(0), streams),
+    works = {"measure": lambda: look(runner, pair.block(0), streams[:measured]),
              "run": lambda: runner.run_block(pair.block(0), streams.clone()),
              "paper": lambda: merge(*paper(runner, 10.0)),
              "refit": refit}
-    labels = {"measure": "measure a block", "run": "run a block",
+    labels = {"measure": f"measure a block on {measured} windows", "run": "run a block",
               "paper": "prune a pair", "refit": "fit a pair"}
     spent = {}
     for name, work in works.items():
@@ -127,10 +129,10 @@ def main() -> None:
                   flush=True)
     if args.only is None:
         L = config.num_hidden_layers
-        measured, run = L * spent["measure"], (L - 2 * pairs) * spent["run"]
-        plain = measured + run + pairs * spent["paper"]
-        at_the_end = measured + run + pairs * spent["refit"]
-        first_at_the_start = measured + 2 * run + pairs * spent["refit"]
+        measure, run = L * spent["measure"], (L - 2 * pairs) * spent["run"]
+        plain = measure + run + pairs * spent["paper"]
+        at_the_end = measure + run + pairs * spent["refit"]
+        first_at_the_start = measure + 2 * run + pairs * spent["refit"]
         print(f"a pair, refit / paper: {spent['refit'] / spent['paper']:.2f}")
         print(f"{L} blocks, {pairs} pairs: paper {plain:.0f} s, "
               f"refit {at_the_end:.0f} to {first_at_the_start:.0f} s, refit / paper: "

@@ -55,8 +55,8 @@ def read_rows(out: Path, settings: dict, repair: bool = True) -> list[dict]:
     """Return the finished cells of an earlier run into the folder `out` with the same settings.
 
     A last line that a kill has cut off is taken out of the file, unless another process may be
-    writing it (repair=False). ValueError if the folder or the
-    file holds anything else, or results with other settings.
+    writing it (repair=False). ValueError if the folder or the file holds anything else, or results
+    with other settings.
     """
     path = out / RESULTS
     if not path.is_file():

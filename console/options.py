@@ -34,7 +34,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+",
                         help="calibration text: a folder with wiki.*.raw, a .raw/.txt file, the "
                              "WikiText-2 zip, 'python' for Python's own library, or 'self' for "
-                             "text that the model writes itself, once, whole in memory (default: "
+                             "text that the model, whole in memory, writes once (default: "
                              "WikiText-2, downloaded once). Several texts give equal shares of the "
                              "windows, one named twice a double share; what judges is the held-out "
                              "part of the first that is not 'self'")

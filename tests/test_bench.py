@@ -4,6 +4,7 @@ import json
 import pytest
 import tiny
 
+import calibrate
 from compare import refit_cost, speed
 
 
@@ -34,8 +35,12 @@ def test_speed_refuses_in_one_line(options, message, cli, monkeypatch):
 
 def test_the_fit_of_a_pair_is_timed_next_to_the_papers_pruning(monkeypatch, cli):
     monkeypatch.setitem(speed.SHAPES, "tinyllama", (32, 48, 6, 4, 2, 100))
-    code, out, err = cli(refit_cost.main, "--samples", 2, "--length", 16)
-    assert (code, err) == (0, "")
+    seen, observe = [], refit_cost.observe
+    monkeypatch.setattr(calibrate, "ENOUGH", 40)
+    monkeypatch.setattr(refit_cost, "observe",
+                        lambda block, x, rope: seen.append(len(x)) or observe(block, x, rope))
+    code, out, err = cli(refit_cost.main, "--samples", 5, "--length", 16)
+    assert (code, err) == (0, "") and seen == [2]  # as a run measures
     assert "6 blocks, 2 pairs" in out and out.count("refit / paper: ") == 2
 
 

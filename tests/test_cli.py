@@ -307,7 +307,23 @@ def test_calibrate_says_which_texts_it_used(tmp_path, ckpt, cli, two_texts):
     code, out, err = cli(calibrate.main, "--ckpt", ckpt, "--data", *two_texts,
                          "--out", tmp_path / "S.npy", *SHORT[:-1])
     assert code == 0, err
-    assert "windows of 32 tokens of text.txt, first 90% + other words.txt, first 90%, seed 0" in out
+    assert "on 8 of 8 windows of 32 tokens of text.txt, first 90% + other words.txt, first 90%, " \
+        "seed 0" in out
+
+
+def test_a_matrix_appears_whole_or_not_at_all_and_for_all_who_may_read_its_folder(
+        tmp_path, ckpt, run, monkeypatch):
+    out, command = tmp_path / "new" / "S.npy", (calibrate.main, "--ckpt", ckpt, *SHORT[:-1])
+    run(*command, "--out", out)
+    (tmp_path / "other").write_text("")
+    assert out.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+    def full(file, array):
+        file.write(b"half")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(calibrate.np, "save", full)
+    assert "no space" in run(*command, "--out", out, "--overwrite", expect=2)
+    assert np.load(out).shape == (5, 5) and list(out.parent.iterdir()) == [out]
 
 
 def test_calibrate_replaces_a_matrix_only_when_asked_and_nothing_else_at_all(tmp_path, ckpt, run):

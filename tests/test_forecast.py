@@ -60,6 +60,17 @@ def test_a_dry_run_tells_what_the_run_makes_and_reads_and_writes_nothing(
     assert f"{streams / 1e6:,.0f} MB" in told and told.count("memory, ") == 3
 
 
+def test_several_processes_share_the_streams(ckpt, cli, monkeypatch):
+    monkeypatch.setattr(flatten.parallel, "ranks", lambda: 3)
+    config = Checkpoint(ckpt).config
+    told = cli(flatten.main, "--ckpt", ckpt, "--samples", 9000, "--length", 16, "--max-group", 2,
+               "--dry-run")[1]
+    assert "one pass of 1024 x 16 tokens and 1 of at most 9000 x 16" in told
+    for part in (forecast.row("first pass", forecast.measuring(config, 342, 16, 4, SAMPLE)),
+                 forecast.row("2 blocks", forecast.pruning(config, 3000, 16, 4, 2))):
+        assert part in told
+
+
 def test_a_dry_run_that_only_flattens_removes_no_parameter(ckpt, cli):
     code, told, _ = cli(flatten.main, "--ckpt", ckpt, "--keep-wide", "--dry-run")
     before, after = told.split(" blocks, ")[1].split(" parameters")[0].split(" -> ")

@@ -190,7 +190,7 @@ def is_rank(process: Path, rank: int, command: subprocess.Popen) -> bool:
     return False
 
 
-def test_a_command_for_one_process_says_so(ckpt, cli, monkeypatch):
+def test_a_command_for_one_process_says_so(cli, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, error = cli(tour.main)
     assert code == 2 and "start it without torchrun" in error

@@ -346,6 +346,22 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     assert recovery["steps"] == 8 and len(recovery["held_out"]) == 9
 
 
+def test_of_two_runs_into_one_output_the_second_leaves_the_state_of_the_first(small, tmp_path,
+                                                                              monkeypatch):
+    killed(monkeypatch, 3, small)
+    path, update = tmp_path / "killed.unfinished", torch.optim.AdamW.step
+    state = path.read_bytes()
+    path.unlink()
+
+    def meanwhile(self, *args):
+        update(self, *args)
+        path.write_bytes(state)
+    monkeypatch.setattr(torch.optim.AdamW, "step", meanwhile)
+    code, _, err = small("--seed", 1, out="killed")
+    assert code == 2 and "another seed" in err and err.count("\n") == 1
+    assert path.read_bytes() == state and not list(tmp_path.glob("*.partial"))
+
+
 def test_bfloat16_learns_and_leaves_alone_what_it_does_not_train(small, tmp_path):
     code, _, err = small("--dtype", "bfloat16", "--last", 1, "--rate", "1e-2")
     assert code == 0, err

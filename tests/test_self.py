@@ -170,9 +170,9 @@ def test_a_broken_model_writes_nothing(ckpt, cache, calls, name):
     assert not calls and not any(cache.iterdir())
 
 
-@pytest.mark.parametrize("main, options", [(flatten.main, []), (refit.main, [])])
-def test_a_run_says_so_needs_no_other_text_and_can_be_repeated(ckpt, tmp_path, cli, main, options,
-                                                               cache, calls):
+@pytest.mark.parametrize("main", [flatten.main, refit.main])
+def test_a_run_says_so_needs_no_other_text_and_can_be_repeated(ckpt, tmp_path, cli, main, cache,
+                                                               calls):
     out = tmp_path / "out"
     code, printed, err = cli(main, "--ckpt", ckpt, "--ratio", 0.3, "--data", "self", "--out", out,
                              *SHORT[:-1])

@@ -4,7 +4,7 @@ import hashlib
 import lzma
 import os
 import re
-import tempfile
+import secrets
 import urllib.request
 import zipfile
 import zlib
@@ -206,11 +206,10 @@ def complete(path: Path) -> Iterator[IO[bytes]]:
     It appears at `path` at the end; after an error it does not appear at all.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with open(partial, "wb") as file:
             yield file
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
