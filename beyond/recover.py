@@ -229,27 +229,23 @@ def alone(path: Path) -> Iterator[None]:
             lock.unlink()
 
 
-def save_state(path: Path, run: dict, facts: dict, trained: Weights,
-               optimizer: torch.optim.Optimizer) -> None:
+def save_state(path: Path, run: dict, facts: dict, state: Weights) -> None:
     """Write all that a run needs to go on. The file appears complete, or the one before stays.
 
-    It holds the trained weights, AdamW's moments, and as its metadata what the run is (`run`) and
-    how far it is (`facts`).
+    It holds the tensors of `state`, and as its metadata what the run is (`run`) and how far it is
+    (`facts`).
     """
     if parallel.rank():
         return
-    tensors = {name: p.detach() for name, p in trained.items()}
-    for name, p in trained.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
     try:
         with wikitext.complete(path) as file:
-            save_file(tensors, file.name, {"run": json.dumps(run), "facts": json.dumps(facts)})
+            save_file(state, file.name, {"run": json.dumps(run), "facts": json.dumps(facts)})
     except SafetensorError as error:  # a full disk, most likely
         raise OSError(f"cannot write {path}: {error}") from None
 
 
-def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.Optimizer) -> dict:
-    """Put weights and moments in place, and return the facts. ValueError if it is another run's."""
+def read_state(path: Path, run: dict, state: Weights) -> dict:
+    """Fill `state` with what is stored, and return the facts. ValueError if it is another run's."""
     try:
         with safe_open(path, "pt") as file:
             written, facts = (json.loads(file.metadata()[name]) for name in ("run", "facts"))
@@ -258,12 +254,8 @@ def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.O
             if differ:
                 raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the "
                                  "same options, or delete it")
-            for name, p in trained.items():
-                p.data.copy_(file.get_tensor(name))
-            for entry in (key for key in file.keys() if "/" in key):  # noqa: SIM118
-                name, key = entry.split("/")
-                value, p = file.get_tensor(entry), trained[name]
-                optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+            for name, tensor in state.items():
+                tensor.copy_(file.get_tensor(name))
         if not (0 < facts["steps"] <= run["steps"] and facts["tokens"] > 0 < facts["seconds"]
                 and math.isfinite(facts.get("dense", 0.0) + sum(
                     loss for _, loss in facts.get("held_out", [])))):
@@ -321,13 +313,16 @@ def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, f
     state is saved every few minutes, and at the end. Returns `facts`, with how the training went.
     ValueError names the step whose loss is not finite.
     """
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    for p in trained.values():
-        p.data = p.data.to(torch.float32, copy=True)  # a stored tensor may be a view of its file
+    trained, state = {name: p for name, p in net.named_parameters() if p.requires_grad}, {}
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    for name, p in trained.items():
+        p.data = p.data.to(torch.float32, copy=True)  # a stored tensor may be a view of its file
+        moments = optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                                        "exp_avg_sq": torch.zeros_like(p)}  # as AdamW begins
+        state |= {name: p.data, **{f"{name}/{key}": value for key, value in moments.items()}}
     facts = {"steps": 0, "tokens": 0, "seconds": 0.0, **facts}
     if path.exists():
-        facts = read_state(path, run, trained, optimizer)
+        facts = read_state(path, run, state)
     elif judge:
         facts["held_out"] = [[0, judge()]]
     seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
@@ -345,7 +340,7 @@ def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, f
             loss += float(part.detach())
         loss = parallel.total(loss)
         sum_gradients(list(trained.values()))
-        norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0))
+        norm = float(nn.utils.clip_grad_norm_(trained.values(), 1.0))
         optimizer.step()
         optimizer.zero_grad()
         facts |= {"steps": step + 1, "tokens": facts["tokens"] + int(batch[1].sum()),
@@ -357,9 +352,9 @@ def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, f
             raise ValueError(f"the loss of step {step} is not finite; try a smaller --rate than "
                              f"{args.rate:g}")
         if time.monotonic() - saved > SAVE_EVERY:
-            save_state(path, run, facts, trained, optimizer)
+            save_state(path, run, facts, state)
             saved = time.monotonic()
-    save_state(path, run, facts, trained, optimizer)
+    save_state(path, run, facts, state)
     return facts
 
 
