@@ -80,8 +80,8 @@ def main() -> None:
         net.model["layers"] = layers
         return f"{losses(net, windows, args.device).double().mean().exp():.4f}"
     print(f"judged on {len(windows)} windows of {args.length} tokens of {name}\n"
-          "| blocks | K | damped | undamped |\n|---|---|---|---|\n"
-          f"| dense | 1 | {perplexity(blocks)} | |", flush=True)
+          "| blocks | K | damped | undamped |\n|---|---|---|---|")
+    print(f"| dense | 1 | {perplexity(blocks)} | |", flush=True)
     for (first, last), K in product(args.window, args.times):
         scores = [perplexity(looped(blocks, first, last, K, damped)) for damped in (True, False)]
         print(f"| {first}-{last} | {K} | {' | '.join(scores)} |", flush=True)

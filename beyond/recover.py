@@ -375,13 +375,12 @@ def training_args(parser: argparse.ArgumentParser, rate: float | None) -> argpar
         help="largest learning rate (default: 0.001, with --full or --last 0.0001)")
     add_device_options(parser)
     args = parser.parse_args()
-    if min(args.steps, args.batch) < 1 or args.length < 2:
-        raise ValueError("--steps and --batch must be at least 1, and --length at least 2")
+    if (min(args.steps, args.batch) < 1 or args.length < 2
+            or max(args.steps, args.batch * args.length) > MOST):
+        raise ValueError("--steps and --batch must be at least 1, --length at least 2, and --steps "
+                         f"and --batch times --length at most {MOST:,}")
     if not (args.rate is None or 0 < args.rate < math.inf) or not 0 <= args.seed < 2**31:
         raise ValueError("--rate must be positive, and --seed between 0 and 2^31")
-    if args.steps > MOST or args.batch * args.length > MOST:
-        raise ValueError(f"at most {MOST:,} --steps, of at most as many tokens (--batch times "
-                         "--length)")
     return args
 
 
@@ -450,9 +449,8 @@ def main() -> None:
                              "it, or delete it")
         texts, held_out, about = read_lessons(args, source)
         chosen = {name: getattr(args, name) for name in OPTIONS}
-        given = {name: value for name, value in chosen.items() if value or name == "seed"}
         line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
-                       **given)
+                       **chosen | {"last": args.last or None})
         run = {**chosen, "processes": parallel.ranks(), "student_sha256": source.digest(),
                "command": line, **about}
         try:
