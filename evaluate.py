@@ -75,7 +75,7 @@ def probe(xs: Tensor) -> Tensor:
 
 # ---- losses, and the divergence of two models
 
-def windows_of(ids: Tensor, window: int, limit: int | None = None) -> Tensor:
+def windows_of(ids: Tensor | list[int], window: int, limit: int | None = None) -> Tensor:
     """Cut token ids (tokens,) into windows (N, window) without overlap, and drop the tail.
 
     Returns all windows, or the first `limit`.
@@ -87,7 +87,7 @@ def windows_of(ids: Tensor, window: int, limit: int | None = None) -> Tensor:
     if n == 0:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}; "
                          "give a longer text or a smaller --window")
-    return ids[:n * window].view(n, window)[:limit]
+    return torch.as_tensor(ids[:n * window]).view(n, window)[:limit]
 
 
 def window_losses(logits_of: Callable, states: Tensor, tokens: Tensor) -> Tensor:

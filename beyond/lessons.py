@@ -74,6 +74,16 @@ def in_pieces(loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, others: 
     return torch.cat([checkpoint(loss, x, other, use_reentrant=False) for x, other in pieces])
 
 
+def logits(net: Transformer, states: Tensor) -> Tensor:
+    """Return the logits (n, V) of streams (n, C) that leave the last block."""
+    return net.head(net.model["norm"](states))
+
+
+def label_losses(net: Transformer, states: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses (n,) of the right tokens, targets (n,), for streams as above."""
+    return in_pieces(lambda x, y: label_loss(logits(net, x), y), states, targets)
+
+
 def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups: list[list[int]],
            ids: Tensor, learned: Tensor, done: float = 0.0, checkpointing: bool = False) -> Tensor:
     """Return one of LOSSES, for ids (B, T) of which the tokens in `learned` (B, T) are predicted.
@@ -86,9 +96,6 @@ def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups:
     def pick(x: Tensor) -> Tensor:
         return x[:, :-1][predicting]                                        # (n, ...)
 
-    def logits(net: Transformer, states: Tensor) -> Tensor:
-        return net.head(net.model["norm"](states))                          # (n, V)
-
     if loss != "labels":
         with torch.no_grad():
             ts = streams(teacher, teacher.model["embed_tokens"](ids))
@@ -100,8 +107,7 @@ def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups:
         return hidden_loss([pick(y) for y in ys], targets)
     xs = streams(student, student.model["embed_tokens"](ids), checkpointing)
     if loss == "labels":
-        return in_pieces(lambda x, y: label_loss(logits(student, x), y),
-                         pick(xs[-1]), ids[:, 1:][predicting]).mean()
+        return label_losses(student, pick(xs[-1]), ids[:, 1:][predicting]).mean()
     kl = in_pieces(lambda x, t: teacher_loss(logits(student, x), logits(teacher, t)),
                    pick(xs[-1]), pick(ts[-1])).mean()
     if loss != "hidden":

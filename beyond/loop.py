@@ -8,10 +8,8 @@ what damping is for. After the published description of Training-Free Looped Tra
 
     python -m beyond.loop --ckpt PATH --window 10-13 8-15 --times 2 3
 """
-import argparse
 from itertools import product
 
-import torch
 from torch import Tensor, nn
 
 import console
@@ -50,44 +48,39 @@ def looped(blocks: nn.ModuleList, first: int, last: int, times: int,
     return nn.ModuleList([*blocks[:first], middle, *blocks[last + 1:]])
 
 
-# ---- the command
-
-def window_of(word: str) -> tuple[int, int]:
-    """Read a window a-b, both blocks included."""
-    first, _, last = word.partition("-")
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{word!r}: expected first-last, as in 8-11")
-    return int(first), int(last)
+def window(word: str) -> tuple[int, int]:
+    """Read a window first-last, both blocks included."""
+    first, last = map(int, word.split("-"))
+    return first, last
 
 
 def main() -> None:
     parser = console.parser("Run some blocks more than once.", __doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="the dense model")
-    add("--window", nargs="+", type=window_of, required=True, metavar="A-B",
-        help="first and last block to loop")
-    add("--times", nargs="+", type=int, default=[2, 3, 4], metavar="K",
-        help="how often (default 2 3 4)")
+    add("--window", nargs="+", type=window, required=True, metavar="FIRST-LAST",
+        help="blocks to loop, as in 8-11")
+    add("--times", nargs="+", type=int, default=[2, 3, 4], help="how often (default 2 3 4)")
     add("--data", help="a text to judge by, as for evaluate.py")
     add("--length", type=int, default=512, help="tokens in a window of text (default %(default)s)")
     add("--max-windows", type=int, help="judge on at most this many windows of text")
     add_device_options(parser)
     args = parser.parse_args()
     source = Checkpoint(args.ckpt)
-    L, last = source.config.num_hidden_layers, max(last for _, last in args.window)
-    if last >= L or min(args.times) < 1:
-        raise ValueError(f"--window must lie in blocks 0-{L - 1}, and --times be at least 1")
+    L = source.config.num_hidden_layers
+    if min(args.times) < 1 or not all(first <= last < L for first, last in args.window):
+        raise ValueError(f"--window: expected first-last, in blocks 0-{L - 1}, and --times of at "
+                         "least 1")
     text, name = evaluation_text(args.data)
-    windows = windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length,
-                         args.max_windows)
+    windows = windows_of(load_tokenizer(source.path).encode(text), args.length, args.max_windows)
     net = load(source.path, args.device, compute_dtype(args.dtype, args.device, source.dtype))
     blocks = net.model["layers"]
 
     def perplexity(layers: nn.ModuleList) -> str:
         net.model["layers"] = layers
         return f"{losses(net, windows, args.device).double().mean().exp():.4f}"
-    print(f"judged on {len(windows)} windows of {args.length} tokens of {name}")
-    print("| blocks | K | damped | undamped |\n|---|---|---|---|")
+    print(f"judged on {len(windows)} windows of {args.length} tokens of {name}\n"
+          "| blocks | K | damped | undamped |\n|---|---|---|---|")
     print(f"| dense | 1 | {perplexity(blocks)} | |", flush=True)
     for (first, last), K in product(args.window, args.times):
         scores = [perplexity(looped(blocks, first, last, K, damped)) for damped in (True, False)]

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +25,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import console
 import parallel
 from beyond.lessons import LOSSES, lesson
 from beyond.lora import add_lora, merge_lora
+from checkpoint.beside import model_card
 from checkpoint.config import read_json
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer, check_output
@@ -39,11 +39,14 @@ from console import command, progress
 from console.options import add_device_options, compute_dtype
 from evaluate import compare, stop_ids
 from model import Transformer, batches, check_ids, load
-from text import stdlib
+from text import wikitext
 from text.tokenizer import Tokenizer, load_tokenizer
-from text.wikitext import PYTHON, calibration_text, held_out_text, read
 
-RATES = {"lora": 1e-3, "last": 1e-4, "full": 1e-4}  # the largest learning rates
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 MOST_PYTHON = 10_000_000  # characters of Python's library
 JUDGED = 16         # held-out windows whose loss is measured
 TIMES = 8           # how often in a run
@@ -60,26 +63,22 @@ def correspondence(student: Checkpoint, teacher: Checkpoint) -> tuple[dict, list
 
     ValueError if the result was not made of this teacher.
     """
-    for source in (student, teacher):
-        if source.is_wide:
-            raise ValueError(f"{source.path} has wide blocks; python flatten.py --ckpt "
-                             f"{source.path} makes them ordinary first")
+    if student.is_wide:
+        raise ValueError(f"{student.path} has wide blocks; python flatten.py --ckpt "
+                         f"{student.path} makes them ordinary first")
     path = student.path / "flatten.json"
     if not path.is_file():
         raise ValueError(f"{student.path} has no flatten.json: --ckpt must be a result of "
                          "flatten.py, beyond.refit or compare --save")
     record = read_json(path)
-    if "source_sha256" not in record:
-        raise ValueError(f"{path} has no source_sha256: it is of an earlier version; compress "
-                         "again")
-    if record["source_sha256"] != teacher.digest():
-        raise ValueError(f"{student.path} was not made of {teacher.path}: its flatten.json names "
-                         "another source_sha256; give the dense model that was compressed")
+    if record.get("source_sha256") != teacher.digest():
+        raise ValueError(f"{student.path} was not made of {teacher.path}, or by an earlier version "
+                         "(source_sha256 in flatten.json); give the dense model that was "
+                         "compressed, or compress again")
     try:
         groups = [[int(i) for i in group["blocks"]] for group in record["groups"]]
-        runs, before = record.get("recovery", []), record["parameters_before"]
-        sound = all(groups) and type(before) is int and before > 0 and all(
-            type(run["tokens"]) is int and isinstance(run["text"], str) for run in runs)
+        model_card(student.name, student.raw, record)  # will be made again of the same record
+        sound = all(groups) and record["parameters_before"] > 0
     except (KeyError, TypeError, ValueError):
         groups, sound = [], False
     blocks = [i for group in groups for i in group]
@@ -91,23 +90,16 @@ def correspondence(student: Checkpoint, teacher: Checkpoint) -> tuple[dict, list
     return record, groups
 
 
-def parts_to_train(net: Transformer, args: argparse.Namespace) -> Weights:
-    """Choose the parameters to train, and make them float32. Returns them by name."""
+def unfreeze(net: Transformer, args: argparse.Namespace) -> None:
+    """Let gradients reach what is to be trained, of a frozen model."""
     if args.full:
         net.requires_grad_(True)
     elif args.last:
-        L = len(net.model["layers"])
-        if args.last > L:
-            raise ValueError(f"--last {args.last}: the model has {L} blocks")
         head = net.lm_head or net.model["embed_tokens"]  # a tied head is the embedding table
         for part in (*net.model["layers"][-args.last:], net.model["norm"], head):
             part.requires_grad_(True)
     else:
         add_lora(net, args.seed)
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    for p in trained.values():
-        p.data = p.data.to(torch.float32, copy=True)  # a stored tensor may be a view of its file
-    return trained
 
 
 def trained_or_stored(now: Weights, stored: Weights) -> Weights:
@@ -125,9 +117,9 @@ def trained_or_stored(now: Weights, stored: Weights) -> Weights:
 
 # ---- text to learn from
 
-def is_json(data: list[str] | None) -> bool:
-    """Tell whether the first of --data is a file of instructions, so no text to judge by."""
-    return bool(data) and data[0].endswith(".json")
+def is_json(path: str | None) -> bool:
+    """Tell whether one of --data is a file of instructions."""
+    return str(path).endswith(".json")
 
 
 def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
@@ -137,31 +129,29 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
     Instructions are a JSON list of objects with instruction, input and output. Each becomes its
     ids, and the number of those that belong to the question. ValueError for anything else.
     """
-    if not str(path).endswith(".json"):
-        text, name = ((stdlib.text(evaluation=False, characters=MOST_PYTHON), "Python's library")
-                      if path == PYTHON else calibration_text(path))
+    if not is_json(path):
+        text, name = wikitext.calibration_text(path, MOST_PYTHON)
         ids = torch.tensor(tokenizer.encode(text))
         if len(ids) < 20 * length:
             raise ValueError(f"{name} has {len(ids)} tokens, fewer than twenty windows of "
                              f"--length {length}, of which one judges; give a longer text")
         return ids, name
-    if not Path(path).is_file():
-        raise ValueError(f"--data {path}: no such file; expected a list of instructions")
+    file, texts = wikitext.source(path), []
     try:
-        rows = [(question_of(row), str.strip(row["output"]))
-                for row in json.loads(read(Path(path)))]
-        for question, answer in rows:
-            (question + answer).encode("utf-8")  # JSON can hold halves of characters
+        for row in json.loads(wikitext.read(file)):
+            question = question_of(row)
+            whole = question + str.strip(row["output"])
+            whole.encode("utf-8")  # JSON can hold halves of characters
+            asked = len(tokenizer.encode(question))
+            ids = torch.tensor([*tokenizer.encode(whole), *stop[:1]][:length])
+            texts += [(ids, asked)] if asked < len(ids) else []
     except (TypeError, KeyError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected a list of objects with the texts instruction, input "
                          f"and output ({type(error).__name__}: {error})") from None
-    texts = [(torch.tensor([*tokenizer.encode(question + answer), *stop[:1]][:length]),
-              len(tokenizer.encode(question))) for question, answer in rows]
-    texts = [(ids, asked) for ids, asked in texts if asked < len(ids)]
     if len(texts) < 20:
         raise ValueError(f"{path} has {len(texts)} instructions whose questions are shorter than "
                          f"--length {length}, and at least 20 are needed, of which one judges")
-    return texts, Path(path).name
+    return texts, file.name
 
 
 def question_of(row: dict[str, str]) -> str:
@@ -195,77 +185,85 @@ def draw(texts: list, n: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
             rows.append((text[start:start + length], 0))
         else:
             rows.append(text[any_of(len(text))])
-    ids = torch.zeros(n, max(len(row) for row, _ in rows), dtype=torch.long)
-    learned = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (row, asked) in enumerate(rows):
-        ids[i, :len(row)], learned[i, asked:len(row)] = row, True
-    return ids, learned
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return (pad([row for row, _ in rows]),
+            pad([torch.arange(len(row)) >= asked for row, asked in rows]))
+
+
+def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, list, dict]:
+    """Read all of --data. Returns the texts, the held-out end of each, and what they are."""
+    tokenizer, stop = load_tokenizer(source.path), stop_ids(source.path)
+    read = [read_lesson(path, tokenizer, stop, args.length) for path in args.data or [None]]
+    sha256 = hashlib.sha256()
+    for text, _ in read:
+        for ids in [text] if isinstance(text, Tensor) else [ids for ids, _ in text]:
+            check_ids(ids, source.config.vocab_size)
+            sha256.update(ids.numpy().tobytes())
+    texts, held_out = zip(*(split(text) for text, _ in read), strict=True)
+    return texts, held_out, {"text": " + ".join(name for _, name in read),
+                             "sha256_of_ids": sha256.hexdigest()}
 
 
 # ---- the state of a run, on disk
 
-def save_state(path: Path, run: dict, facts: dict, trained: Weights,
-               optimizer: torch.optim.Optimizer) -> None:
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep others from writing the state of a run. ValueError if one that lives does so already.
+
+    The system takes the lock back when a process ends, however it ends.
+    """
+    if fcntl is None or parallel.rank():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {path}; let it end, or choose another "
+                             "--out") from None
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def save_state(path: Path, run: dict, facts: dict, state: Weights) -> None:
     """Write all that a run needs to go on. The file appears complete, or the one before stays.
 
-    It holds the trained weights, AdamW's moments, and as its metadata what the run is (`run`) and
-    how far it is (`facts`). ValueError if another run has put its own there.
+    It holds the tensors of `state`, and as its metadata what the run is (`run`) and how far it is
+    (`facts`).
     """
     if parallel.rank():
         return
-    if path.exists():
-        check_run(path, run)
-    tensors = {name: p.detach() for name, p in trained.items()}
-    for name, p in trained.items():
-        tensors |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
-    unfinished = path.with_name(f"{path.name}.partial")
     try:
-        save_file(tensors, unfinished, {"run": json.dumps(run), "facts": json.dumps(facts)})
+        with wikitext.complete(path) as file:
+            save_file(state, file.name, {"run": json.dumps(run), "facts": json.dumps(facts)})
     except SafetensorError as error:  # a full disk, most likely
-        unfinished.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}") from None
-    os.replace(unfinished, path)
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator:
-    """Open a state to be read. ValueError, with what to do, if it turns out to be damaged."""
+def read_state(path: Path, run: dict, state: Weights) -> dict:
+    """Fill `state` with what is stored, and return the facts. ValueError if it is another run's."""
     try:
         with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
-            json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to start anew") from None
-
-
-def check_run(path: Path, run: dict) -> None:
-    """ValueError if the state at `path` is of another run, or cannot be read."""
-    with opened(path) as file:
-        written = json.loads(file.metadata()["run"])
-        differ = [name for name in run | written
-                  if run.get(name) != written.get(name) and name != "command"]
-    if differ:
-        raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the same "
-                         "options or another --out, or delete it")
-
-
-def read_state(path: Path, run: dict, trained: Weights, optimizer: torch.optim.Optimizer) -> dict:
-    """Put weights and moments in place, and return the facts. ValueError as of check_run."""
-    check_run(path, run)
-    with opened(path) as file:
-        for name, p in trained.items():
-            p.data.copy_(file.get_tensor(name))
-        for entry in (key for key in file.keys() if "/" in key):  # noqa: SIM118
-            name, key = entry.split("/")
-            value = file.get_tensor(entry)
-            optimizer.state[trained[name]][key] = value if key == "step" else value.to(
-                trained[name].device)
-        facts = json.loads(file.metadata()["facts"])
+            written, facts = (json.loads(file.metadata()[name]) for name in ("run", "facts"))
+            differ = [name for name in run | written
+                      if run.get(name) != written.get(name) and name != "command"]
+            if differ:
+                raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the "
+                                 "same options, or delete it")
+            for name, tensor in state.items():
+                tensor.copy_(file.get_tensor(name))
         if not (0 < facts["steps"] <= run["steps"] and facts["tokens"] > 0 < facts["seconds"]
                 and math.isfinite(facts.get("dense", 0.0) + sum(
                     loss for _, loss in facts.get("held_out", [])))):
             raise KeyError("its facts")
-    return facts
+        return facts
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
+            json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to start anew") from None
 
 
 # ---- training
@@ -307,16 +305,27 @@ def sum_gradients(trained: list[Tensor]) -> None:
         parallel.total(p.grad)
 
 
-def train(teach: Callable, texts: list, optimizer: torch.optim.Optimizer, facts: dict,
-          save: Callable[[], None], args: argparse.Namespace,
-          judge: Callable[[], float] | None = None) -> None:
-    """Train from the step that `facts` names to the last, and keep the facts up to date.
+def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, facts: dict,
+          args: argparse.Namespace, judge: Callable[[], float] | None = None) -> dict:
+    """Train all of `net` that is not frozen, in float32, from the state at `path` if there is one.
 
-    teach(ids, learned, done) returns a loss, save() keeps the state, and judge() returns the
-    held-out loss, if that is wanted. ValueError names the step whose loss is not finite.
+    teach(ids, learned, done) returns a loss, and judge() the held-out loss, if that is wanted. The
+    state is saved every few minutes, and at the end. Returns `facts`, with how the training went.
+    ValueError names the step whose loss is not finite.
     """
+    trained, state = {name: p for name, p in net.named_parameters() if p.requires_grad}, {}
+    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    for name, p in trained.items():
+        p.data = p.data.to(torch.float32, copy=True)  # a stored tensor may be a view of its file
+        moments = optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                                        "exp_avg_sq": torch.zeros_like(p)}  # as AdamW begins
+        state |= {name: p.data, **{f"{name}/{key}": value for key, value in moments.items()}}
+    facts = {"steps": 0, "tokens": 0, "seconds": 0.0, **facts}
+    if path.exists():
+        facts = read_state(path, run, state)
+    elif judge:
+        facts["held_out"] = [[0, judge()]]
     seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
-    trained = optimizer.param_groups[0]["params"]
     begin, saved, loss = time.monotonic() - facts["seconds"], time.monotonic(), math.nan
 
     def line() -> str:
@@ -324,46 +333,55 @@ def train(teach: Callable, texts: list, optimizer: torch.optim.Optimizer, facts:
     left = range(facts["steps"], args.steps)
     for step in progress(left, line, len(left)):
         optimizer.param_groups[0]["lr"] = rate(step, args.steps, args.rate)
-        batch, loss = draw(texts, args.batch, args.length, int(seeds[step])), 0.0
+        batch, loss, held_out = draw(texts, args.batch, args.length, int(seeds[step])), 0.0, 0.0
         for ids, learned, share in micro_batches(batch, args.device):
             part = share * teach(ids=ids, learned=learned, done=step / args.steps)
             part.backward()
             loss += float(part.detach())
         loss = parallel.total(loss)
-        sum_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if not math.isfinite(loss + float(norm)):
-            raise ValueError(f"the loss of step {step} is not finite; try a smaller --rate than "
-                             f"{args.rate:g}")
+        sum_gradients(list(trained.values()))
+        norm = float(nn.utils.clip_grad_norm_(trained.values(), 1.0))
         optimizer.step()
         optimizer.zero_grad()
         facts |= {"steps": step + 1, "tokens": facts["tokens"] + int(batch[1].sum()),
                   "seconds": time.monotonic() - begin}
         if judge and (step + 1) * TIMES // args.steps > step * TIMES // args.steps:
-            facts["held_out"].append([facts["tokens"], judge()])
-            if not math.isfinite(facts["held_out"][-1][1]):
-                raise ValueError(f"after step {step} the held-out loss is not finite; try a "
-                                 f"smaller --rate than {args.rate:g}")
+            held_out = judge()
+            facts["held_out"].append([facts["tokens"], held_out])
+        if not math.isfinite(loss + norm + held_out):
+            raise ValueError(f"the loss of step {step} is not finite; try a smaller --rate than "
+                             f"{args.rate:g}")
         if time.monotonic() - saved > SAVE_EVERY:
-            save()
+            save_state(path, run, facts, state)
             saved = time.monotonic()
+    save_state(path, run, facts, state)
+    return facts
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `train` and `draw` need, but --rate."""
+def training_args(parser: argparse.ArgumentParser, rate: float | None) -> argparse.Namespace:
+    """Add what every training needs to a parser, with `rate` as a default, and read the arguments.
+
+    ValueError for impossible values.
+    """
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the model to train")
+    add("--data", nargs="+",
+        help="texts as for flatten.py, or for a recovery JSON files of instructions (objects with "
+             "instruction, input, output), in equal shares; the last twentieth of each is held out")
+    add("--out", type=Path, help="result (default: in out/, named after the model)")
     for name, value in {"steps": 500, "batch": 16, "length": 512, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
-
-
-def check_training(args: argparse.Namespace) -> None:
-    """ValueError for impossible values of these options, or of --rate."""
-    if min(args.steps, args.batch) < 1 or args.length < 2:
-        raise ValueError("--steps and --batch must be at least 1, and --length at least 2")
-    if not 0 < args.rate < math.inf or not 0 <= args.seed < 2**31:
+        add(f"--{name}", type=int, default=value, help="default %(default)s")
+    add("--rate", type=float, default=rate,
+        help="largest learning rate (default: 0.001, with --full or --last 0.0001)")
+    add_device_options(parser)
+    args = parser.parse_args()
+    if (min(args.steps, args.batch) < 1 or args.length < 2
+            or max(args.steps, args.batch * args.length) > MOST):
+        raise ValueError("--steps and --batch must be at least 1, --length at least 2, and --steps "
+                         f"and --batch times --length at most {MOST:,}")
+    if not (args.rate is None or 0 < args.rate < math.inf) or not 0 <= args.seed < 2**31:
         raise ValueError("--rate must be positive, and --seed between 0 and 2^31")
-    if args.steps > MOST or args.batch * args.length > MOST:
-        raise ValueError(f"at most {MOST:,} --steps, of at most as many tokens (--batch times "
-                         "--length)")
+    return args
 
 
 # ---- the command
@@ -371,118 +389,83 @@ def check_training(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     parser = console.parser("Train a compressed model with the dense model as its teacher.",
                             __doc__)
-    parser.add_argument("--ckpt", required=True, help="the compressed model")
-    parser.add_argument("--teacher", required=True, help="the dense model that it was made of")
-    parser.add_argument("--data", nargs="+",
-                        help="texts as for flatten.py, or JSON files of instructions (objects with "
-                             "instruction, input, output), in equal shares; the last twentieth of "
-                             "each judges")
-    parser.add_argument("--loss", choices=LOSSES, default="hidden", help="default: %(default)s")
-    parser.add_argument("--last", type=int, default=0, metavar="N",
-                        help="train the last N blocks, the final norm and the head, without LoRA")
-    parser.add_argument("--full", action="store_true", help="train everything, without LoRA")
-    add_training_options(parser)
-    parser.add_argument("--rate", type=float, help="largest learning rate (default: " + ", ".join(
-        f"{name} {value:g}" for name, value in RATES.items()) + ")")
-    parser.add_argument("--checkpointing", action="store_true",
-                        help="save memory: run each block twice")
-    parser.add_argument("--out", type=Path, help="result (default: out/NAME-recovered)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with a run that was killed, if there is one")
-    parser.add_argument("--no-eval", action="store_true",
-                        help="do not compare perplexity at the end")
-    add_device_options(parser)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--teacher", required=True, help="the dense model that --ckpt was made of")
+    add("--loss", choices=LOSSES, default="hidden", help="default: %(default)s")
+    add("--last", type=int, default=0, metavar="N",
+        help="train the last N blocks, the final norm and the head, without LoRA")
+    add("--full", action="store_true", help="train everything, without LoRA")
+    add("--checkpointing", action="store_true", help="save memory: run each block twice")
+    add("--overwrite", action="store_true", help="replace an earlier result")
+    add("--resume", action="store_true", help="go on with a run that was killed, if there is one")
+    add("--no-eval", action="store_true", help="do not compare perplexity at the end")
+    args = training_args(parser, None)
     if args.full and args.last:
         raise ValueError("--full trains everything and --last a part; give one of them")
-    mode = "full" if args.full else "last" if args.last else "lora"
-    args.rate = RATES[mode] if args.rate is None else args.rate
-    if args.last < 0:
-        raise ValueError("--last must not be negative")
-    check_training(args)
+    if args.rate is None:
+        args.rate = 1e-4 if args.full or args.last else 1e-3
     return args
 
 
-def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, list, dict]:
-    """Read all of --data. Returns the texts, the held-out end of each, and what they are."""
-    tokenizer, stop = load_tokenizer(source.path), stop_ids(source.path)
-    read = [read_lesson(path, tokenizer, stop, args.length) for path in args.data or [None]]
-    sha256 = hashlib.sha256()
-    for text, _ in read:
-        for ids in [text] if isinstance(text, Tensor) else [ids for ids, _ in text]:
-            check_ids(ids, source.config.vocab_size)
-            sha256.update(ids.numpy().tobytes())
-    texts, held_out = zip(*(split(text) for text, _ in read), strict=True)
-    return texts, held_out, {"text": " + ".join(name for _, name in read),
-                             "sha256_of_ids": sha256.hexdigest()}
-
-
-def describe(args: argparse.Namespace, source: Checkpoint) -> dict:
-    """Return what the run is, but for its texts: the options, the student, and the command."""
-    chosen = {name: getattr(args, name) for name in OPTIONS}
-    given = {name: value for name, value in chosen.items() if value or name == "seed"}
-    line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
-                   **given)
-    return {**chosen, "processes": parallel.ranks(), "student_sha256": source.digest(),
-            "command": line}
-
-
-def learn(student: Transformer, teacher: Transformer, groups: list[list[int]], texts: list,
-          held_out: tuple[Tensor, Tensor], run: dict, unfinished: Path,
-          args: argparse.Namespace) -> dict:
-    """Train the student, from the state in `unfinished` if there is one. Returns the facts."""
-    dtype = student.model["norm"].weight.dtype
-    trained = parts_to_train(student, args)
-    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
-    teach = partial(lesson, args.loss, student, teacher, groups, checkpointing=args.checkpointing)
-    judge = partial(held_out_loss, batch=held_out, device=args.device)
+def learn(groups: list[list[int]], texts: list, held_out: list, dtype: torch.dtype, path: Path,
+          run: dict, args: argparse.Namespace) -> tuple[Transformer, dict]:
+    """Train the student, from the state at `path` if there is one. Returns it and the facts."""
+    judge = partial(held_out_loss, batch=draw(held_out, JUDGED, args.length, seed=0),
+                    device=args.device)
     # no cache: it would keep the first bfloat16 copy of weights that change
     with torch.autocast(torch.device(args.device).type, torch.bfloat16,
                         enabled=dtype != torch.float32, cache_enabled=False):
-        if unfinished.exists():
-            facts = read_state(unfinished, run, trained, optimizer)
-        else:
-            facts = {"steps": 0, "tokens": 0, "seconds": 0.0, "dense": judge(teacher),
-                     "held_out": [[0, judge(student)]]}
-        save = partial(save_state, unfinished, run, facts, trained, optimizer)
-        try:
-            train(teach, texts, optimizer, facts, save, args, partial(judge, student))
-        except KeyboardInterrupt:
-            if unfinished.exists():
-                print(f"{unfinished} has the run up to its last save; --resume goes on there",
-                      file=sys.stderr)
-            raise
-    return facts
+        teacher = load(args.teacher, args.device, dtype)
+        facts = {"dense": judge(teacher)}
+        if args.loss == "labels":
+            teacher = None  # it has nothing more to say, and takes memory
+        student = load(args.ckpt, args.device, dtype)
+        unfreeze(student, args)
+        teach = partial(lesson, args.loss, student, teacher, groups,
+                        checkpointing=args.checkpointing)
+        facts = train(teach, student, texts, path, run, facts, args, partial(judge, student))
+    merge_lora(student)
+    return student, facts
 
 
 def main() -> None:
     args = parse_args()
     source, dense = Checkpoint(args.ckpt), Checkpoint(args.teacher)
     record, groups = correspondence(source, dense)
+    if not 0 <= args.last <= len(groups):
+        raise ValueError(f"--last {args.last}: the model has {len(groups)} blocks")
     if args.loss == "come" and args.last and all(len(g) == 1 for g in groups[-args.last:]):
         raise ValueError(f"--loss come trains joined blocks, and none of the last {args.last} is "
                          "one; leave out --last")
+    dtype = compute_dtype(args.dtype, args.device, source.dtype)
     out = args.out or Path("out") / f"{source.name}-recovered"
     check_output(out, dense.path, args.overwrite)
-    judged = None if args.no_eval or is_json(args.data) else held_out_text(args.data)
+    no_text = args.no_eval or is_json((args.data or [None])[0])
+    judged = None if no_text else wikitext.held_out_text(args.data)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    if unfinished.exists() and not args.resume:
-        raise ValueError(f"{unfinished} is of a run that has not ended; if it is not running any "
-                         "more, --resume goes on with it, or delete it")
-    with Writer(out, source, args.overwrite) as writer:
+    with Writer(out, source, args.overwrite) as writer, alone(unfinished):
+        if unfinished.exists() and not args.resume:
+            raise ValueError(f"{unfinished} is of a run that was killed; --resume goes on with "
+                             "it, or delete it")
         texts, held_out, about = read_lessons(args, source)
-        held_out, run = draw(held_out, JUDGED, args.length, seed=0), describe(args, source) | about
-        dtype = compute_dtype(args.dtype, args.device, source.dtype)
-        student, teacher = (load(path, args.device, dtype) for path in (args.ckpt, args.teacher))
-        facts = learn(student, teacher, groups, texts, held_out, run, unfinished, args)
-        merge_lora(student)
+        chosen = {name: getattr(args, name) for name in OPTIONS}
+        line = command("-m beyond.recover", ckpt=args.ckpt, teacher=args.teacher, data=args.data,
+                       **chosen | {"last": args.last or None})
+        run = {**chosen, "processes": parallel.ranks(), "student_sha256": source.digest(),
+               "command": line, **about}
+        try:
+            student, facts = learn(groups, texts, held_out, dtype, unfinished, run, args)
+        except KeyboardInterrupt:
+            if unfinished.exists():
+                print(f"{unfinished} has the run up to its last save; --resume goes on there",
+                      file=sys.stderr)
+            raise
         for k, block in enumerate(student.model["layers"]):
             writer.add(trained_or_stored(block.state_dict(), source.block(k)))
         record["recovery"] = [*record.get("recovery", []), run | facts]
         writer.finish([[k] for k in range(len(groups))], record,
                       outer=trained_or_stored(student.state_dict(), source.outer()))
-    unfinished.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     print(f"wrote {out}: {facts['steps']} steps, {facts['tokens']:,} tokens, "
           f"{facts['seconds']:.0f} s; held-out loss "
           f"{facts['held_out'][0][1]:.4f} -> {facts['held_out'][-1][1]:.4f}, of the dense model "

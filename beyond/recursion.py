@@ -1,25 +1,17 @@
 """Train a model to run all its blocks several times, with connectors from one pass to the next.
 
 After the published description of RecursiveVLM (arXiv 2602.09080), on text alone; not a
-reproduction, for its code and data are not public. Tables: docs/looping.md.
+reproduction, for its code and data are not public. Equations and tables: docs/looping.md. What is
+trained is saved, no ordinary checkpoint; the same command again goes on from there, or judges it
+once more.
 
-    E_1     = embedding                            H_l,r: the stream after l blocks in pass r
-    E_(r+1) = E_1 + sum over l of gamma_l * (rms(H_l,r) W_l)        l: a quarter, half, ... of all
-    loss    = sum over r of mean over tokens of w_r CE_r            CE_r: -log p(token) after pass r
-    w_r     = beta if CE_r > CE_(r-1), else 1                       no gradient through w
-
-gamma starts at zero and W at the identity, so before training every pass is the dense model's. The
-blocks stay as they are, or get a LoRA. What is trained is saved, no ordinary checkpoint; the same
-command again goes on from there, or judges it once more.
-
-    python -m beyond.recursion --ckpt PATH [--lora]
+    python -m beyond.recursion --ckpt PATH              trains connectors
+    python -m beyond.recursion --ckpt PATH --lora       and a LoRA of all blocks
 
 Controls: --beta 1, --no-connector, and plain training: --passes 1 --lora, with twice the --steps.
 """
-import argparse
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +20,10 @@ from torch import Tensor, nn
 
 import console
 from beyond import recover
-from beyond.lessons import in_pieces, label_loss, streams
+from beyond.lessons import label_losses, streams
 from beyond.lora import add_lora
 from checkpoint.reader import Checkpoint
-from console.options import add_device_options, compute_dtype
+from console.options import compute_dtype
 from evaluate import windows_of
 from model import Transformer, batches, check_finite, load, sum_dtype
 from text.tokenizer import load_tokenizer
@@ -83,9 +75,9 @@ def recursion(net: Transformer, connector: Connector | None, ids: Tensor,
 def token_losses(net: Transformer, connector: Connector | None, passes: int,
                  ids: Tensor) -> Tensor:
     """Return -log p(token) after each pass, (n, R), of all tokens of ids (B, T) but the first."""
-    targets, ends = ids[:, 1:].flatten(), recursion(net, connector, ids, passes)
-    return torch.stack([in_pieces(lambda x, y: label_loss(net.head(net.model["norm"](x)), y),
-                                  end[:, :-1].flatten(0, 1), targets) for end in ends], 1)
+    targets = ids[:, 1:].flatten()
+    return torch.stack([label_losses(net, end[:, :-1].flatten(0, 1), targets)
+                        for end in recursion(net, connector, ids, passes)], 1)
 
 
 def monotonic_loss(losses: Tensor, beta: float) -> Tensor:
@@ -114,45 +106,29 @@ def judge(net: Transformer, connector: Connector | None, passes: int, windows: T
     return losses.mean(0).tolist(), improved(losses).tolist()
 
 
-# ---- the command
-
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = console.parser("Train a model to run its blocks several times.", __doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, help="the dense model")
-    add("--data", nargs="+", help="plain texts; the held-out part of the first judges")
     add("--max-windows", type=int, help="judge on at most this many windows")
     add("--passes", type=int, default=2, help="how often all blocks run (default 2)")
     add("--judge", type=int, help="judge this many passes (default: as many as are trained)")
     add("--beta", type=float, default=1.5, help="weight of a token made worse (default 1.5)")
     add("--lora", action="store_true", help="train a LoRA of all blocks, too")
     add("--no-connector", action="store_true", help="start a pass from the end of the one before")
-    recover.add_training_options(parser)
-    add("--rate", type=float, default=1e-3, help="largest learning rate (default %(default)s)")
-    add("--out", type=Path, help="what is trained (default: out/NAME-loop.safetensors)")
     add("--rows", type=Path, help="append the result to this file as a JSON line")
-    add_device_options(parser)
-    args = parser.parse_args()
-    recover.check_training(args)
+    args = recover.training_args(parser, 1e-3)
     args.judge = args.passes if args.judge is None else args.judge
     if min(args.passes, args.judge, args.beta) < 1 or not math.isfinite(args.beta):
         raise ValueError("--passes, --judge and --beta must be at least 1")
     if not args.lora and (args.no_connector or args.passes == 1):
         raise ValueError("nothing to train: connectors serve the second pass and later ones; give "
                          "--lora, or --passes 2 without --no-connector")
-    if any(path.endswith(".json") for path in args.data or []):
+    if any(map(recover.is_json, args.data or [])):
         raise ValueError("--data: a loop learns from plain text, not from JSON")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
     source = Checkpoint(args.ckpt)
     out = args.out or Path("out") / f"{source.name}-loop.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)  # an OSError now, and not after the work
     text, name = held_out_text(args.data)
-    windows = windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length,
-                         args.max_windows)
+    windows = windows_of(load_tokenizer(source.path).encode(text), args.length, args.max_windows)
     texts, _, about = recover.read_lessons(args, source)
     run = {name: getattr(args, name) for name in OPTIONS} | about | {
         "source": str(source.path), "source_sha256": source.digest()}
@@ -161,16 +137,11 @@ def main() -> None:
     if args.lora:
         add_lora(net, args.seed)
     parts = nn.ModuleDict({"net": net, "connector": connector})
-    trained = {name: p for name, p in parts.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
-    facts = (recover.read_state(out, run, trained, optimizer) if out.exists()
-             else {"steps": 0, "tokens": 0, "seconds": 0.0})
-    save = partial(recover.save_state, out, run, facts, trained, optimizer)
 
     def teach(ids: Tensor, learned: Tensor, done: float) -> Tensor:
         return monotonic_loss(token_losses(net, connector, args.passes, ids), args.beta)
-    recover.train(teach, texts, optimizer, facts, save, args)
-    save()
+    with recover.alone(out):
+        facts = recover.train(teach, parts, texts, out, run, {}, args)
     print(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['seconds']:.0f} s; "
           f"no ordinary checkpoint\njudged on {len(windows)} windows of {args.length} tokens of "
           f"{name}\n| pass | perplexity | tokens that improved at every pass |\n|---|---|---|")
@@ -178,9 +149,9 @@ def main() -> None:
     for r, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):
         print(f"| {r} | {math.exp(loss):.4f} | {share:.1%} |")
     if args.rows:
-        row = run | facts | {"windows": len(windows), "losses": losses, "improved": shares}
         with open(args.rows, "a") as file:
-            print(json.dumps(row), file=file)
+            print(json.dumps(run | facts | {"windows": len(windows), "losses": losses,
+                                            "improved": shares}), file=file)
 
 
 if __name__ == "__main__":

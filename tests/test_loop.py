@@ -318,6 +318,13 @@ def test_what_was_trained_is_never_replaced(train, tmp_path):
     assert code == 2 and "cannot be read" in err and path.read_bytes() == b"damaged"
 
 
+def test_a_second_run_into_one_file_is_refused_as_long_as_the_first_lives(train, tmp_path):
+    with beyond.recover.alone(tmp_path / "new" / "loop.safetensors"):
+        code, _, err = train()
+        assert code == 2 and "another run is writing" in err and len(err.splitlines()) == 1
+    assert not list((tmp_path / "new").iterdir())
+
+
 @pytest.mark.parametrize("options, words", [
     ((), "required: --window"), (("--window", "3-9"), "blocks 0-4"),
     (("--window", "0-5", "3-4"), "blocks 0-4"), (("--window", "3-1"), "expected first-last"),

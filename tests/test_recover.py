@@ -1,5 +1,6 @@
 """Recovery: its losses, LoRA, and runs that can be repeated, killed and resumed."""
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -346,22 +347,6 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     assert recovery["steps"] == 8 and len(recovery["held_out"]) == 9
 
 
-def test_of_two_runs_into_one_output_the_second_leaves_the_state_of_the_first(small, tmp_path,
-                                                                              monkeypatch):
-    killed(monkeypatch, 3, small)
-    path, update = tmp_path / "killed.unfinished", torch.optim.AdamW.step
-    state = path.read_bytes()
-    path.unlink()
-
-    def meanwhile(self, *args):
-        update(self, *args)
-        path.write_bytes(state)
-    monkeypatch.setattr(torch.optim.AdamW, "step", meanwhile)
-    code, _, err = small("--seed", 1, out="killed")
-    assert code == 2 and "another seed" in err and err.count("\n") == 1
-    assert path.read_bytes() == state and not list(tmp_path.glob("*.partial"))
-
-
 def test_bfloat16_learns_and_leaves_alone_what_it_does_not_train(small, tmp_path):
     code, _, err = small("--dtype", "bfloat16", "--last", 1, "--rate", "1e-2")
     assert code == 0, err
@@ -414,6 +399,45 @@ def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
     path.write_bytes(good)
     code, _, err = small("--resume", "--ckpt", f"{tmp_path}/./small/", out="killed")
     assert code == 0, err
+
+
+def test_a_second_run_into_one_output_is_refused_as_long_as_the_first_lives(small, tmp_path):
+    """Also before the first has saved anything, and with --resume."""
+    with beyond.recover.alone(tmp_path / "recovered.unfinished"):
+        for options in ((), ("--resume",)):
+            code, _, err = small(*options)
+            assert code == 2 and "another run is writing" in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "text.txt", "tiny"]
+    assert small()[0] == 0
+
+
+def test_a_result_that_cannot_be_written_is_not_trained_again(small, tmp_path, monkeypatch):
+    assert small(out="one")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_flush", lambda self: (_ for _ in ()).throw(OSError("disk full")))
+        code, _, err = small(out="two")
+        assert code == 2 and "disk full" in err and not (tmp_path / "two").exists()
+    monkeypatch.setattr(beyond.recover, "rate", None)  # which every step calls
+    code, _, err = small("--resume", out="two")
+    assert code == 0 and weights(tmp_path / "two") == weights(tmp_path / "one"), err
+
+
+def test_only_a_teacher_that_teaches_stays_in_memory(small, monkeypatch):
+    loaded, alive, load, train = [], {}, beyond.recover.load, beyond.recover.train
+
+    def loading(*args):
+        loaded.append(weakref.ref(net := load(*args)))
+        return net
+
+    def training(*args):
+        alive[loss] = [net() is not None for net in loaded]
+        return train(*args)
+    monkeypatch.setattr(beyond.recover, "load", loading)
+    monkeypatch.setattr(beyond.recover, "train", training)
+    for loss in ("labels", "kl"):
+        loaded.clear()
+        assert small("--loss", loss, out=loss)[0] == 0
+    assert alive == {"labels": [False, True], "kl": [True, True]}  # teacher, student
 
 
 def test_a_result_can_be_recovered_again(small, tmp_path, ckpt, text_file, cli):

@@ -28,15 +28,16 @@ HELD_OUT = 0.1  # share of a plain text file, at its end, that calibration never
 
 # ---- which text: each function returns it, and its name
 
-def calibration_text(data: str | None) -> tuple[str, str]:
+def calibration_text(data: str | None, python: int = 500_000) -> tuple[str, str]:
     """Read a text to calibrate on: WikiText-2's training split, or else its validation split.
 
     Of another file it is the first nine tenths. `data` is a folder, a .raw or .txt file, the
-    official zip, "python", or None for the zip in the cache, downloaded first if need be.
-    ValueError for the test split: a model tuned on it proves nothing.
+    official zip, "python" for about `python` characters of Python's library, or None for the zip in
+    the cache, downloaded first if need be. ValueError for the test split: a model tuned on it
+    proves nothing.
     """
     if data == PYTHON:
-        return stdlib.text(evaluation=False), "Python's library"
+        return stdlib.text(evaluation=False, characters=python), "Python's library"
     path = source(data)
     if path.is_dir() or zipfile.is_zipfile(path):
         for split, name in (("train", "train"), ("valid", "validation")):
