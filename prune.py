@@ -137,7 +137,7 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
     return alive * (1 - ridge * inverse_diagonal(regularized_cholesky(C, ridge)))
 
 
-def inverse_diagonal(factor: Tensor, columns: int = 512) -> Tensor:
+def inverse_diagonal(factor: Tensor, columns: int = 256) -> Tensor:
     """Return the diagonal of A^-1, for the lower triangle `factor` (F, F) of A = factor factor^T.
 
     Its elements are the squared norms of the columns of factor^-1. That overwrites `factor`, for a
@@ -146,10 +146,13 @@ def inverse_diagonal(factor: Tensor, columns: int = 512) -> Tensor:
     """
     diagonal = torch.empty_like(factor[0])
     for j in reversed(range(0, len(factor), columns)):
-        here, below = slice(j, j + columns), slice(j + columns, None)
+        here, start = slice(j, j + columns), j + columns
         unit = torch.eye(len(factor[here])).to(factor)
         inverse = torch.linalg.solve_triangular(factor[here, here], unit, upper=False)
-        factor[below, here] = factor[below, below] @ (factor[below, here] @ -inverse)
+        read = factor[start:, here] @ -inverse                          # (below, columns)
+        for i in range(start, len(factor), 2 * columns):  # strips, which end at the diagonal
+            stop = i + 2 * columns
+            factor[i:stop, here] = factor[i:stop, start:stop] @ read[:stop - start]
         factor[here, here] = inverse
         diagonal[here] = factor[j:, here].square().sum(0)
     return diagonal
