@@ -28,13 +28,12 @@ import console
 import parallel
 from checkpoint.config import read_json
 from checkpoint.reader import Checkpoint
-from console import progress
+from console import forecast, progress
 from console.options import add_run_options, compute_dtype, defaults
 from model import (
     Block,
     Runner,
     Transformer,
-    batches,
     check_finite,
     embed,
     generate,
@@ -76,7 +75,8 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
     Returns (n, n) in float32 or better.
     """
     flat = [x.flatten(0, -2) for x in states]                               # n of (tokens, C)
-    step = max(1, 2**22 // (len(flat) * flat[0].shape[1]))  # tokens at a time, for little memory
+    numbers = 2**22 if flat[0].device.type == "cpu" else 2**27  # at a time, for little memory
+    step = max(1, numbers // (len(flat) * flat[0].shape[1]))    # in tokens
     total = 0
     for t in range(0, max(1, len(flat[0])), step):
         unit = torch.stack([
@@ -119,10 +119,11 @@ def mean_cosines(streams: list[Tensor], pieces: Tensor,
     alike. So it says how far other text of the same kind would differ, and a denser sample of the
     same windows would not make it smaller.
     """
-    own = [pieces == piece for piece in range(PIECES)]
-    counts = parallel.total(torch.stack(own).sum(1).double())               # (PIECES,)
-    sums = torch.stack([cosine_sums([x[rows].to(device) for x in streams]).cpu().double()
-                        for rows in own])                                   # (PIECES, n, n)
+    own = [(pieces == piece).nonzero().flatten() for piece in range(PIECES)]
+    counts = parallel.total(torch.tensor([len(rows) for rows in own]).double())     # (PIECES,)
+    own = [rows.to(streams[0].device) for rows in own]
+    sums = torch.stack([cosine_sums([x[rows].to(device) for x in streams])
+                        for rows in own]).cpu().double()                    # (PIECES, n, n)
     mean = parallel.total(sums).sum(0) / counts.sum()
     scatter = (sums - mean * counts[:, None, None]).square().sum(0)
     n = int(counts.count_nonzero())
@@ -145,21 +146,25 @@ def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
     check_finite(outer, "outside the blocks")
     N, n = len(tokens), windows_measured(*tokens.shape)
     tokens = tokens[[i * N // n for i in range(n)]]
-    xs = embed(outer, parallel.share(tokens), runner.dtype)
+    mine = parallel.share(tokens)
+    needs = forecast.measuring(source.config, *mine.shape, runner.dtype.itemsize, SAMPLE)
+    xs = runner.home(embed(outer, mine, runner.dtype), needs)
     pieces = parallel.share(pieces_of(*tokens.shape)).flatten()
     sample = (pieces >= 0).nonzero().flatten()
-    kept = [xs.flatten(0, 1)[sample]]                       # L + 1 streams (SAMPLE, C)
+    here = sample.to(xs.device)
+    kept = [xs.flatten(0, 1)[here]]                         # L + 1 streams (SAMPLE, C)
     sums = torch.zeros(4, L, dtype=torch.float64)
     for i in progress(range(L), "measure: blocks", L):
-        weights = source.block(i)
-        check_finite(weights, f"block {i}")
-        block = runner.block(weights)
-        for rows in batches(xs):
-            y, observed = observe(block, xs[rows].to(runner.device), runner.rope)
-            xs[rows] = y.to(xs.device)
-            sums[:, i] += observed.cpu()
-        check_finite({"its output": xs}, f"block {i}")
-        kept.append(xs.flatten(0, 1)[sample])
+        block, found = runner.block(source.block(i)), []
+        check_finite(block.state_dict(), f"block {i}")
+        for rows, (x,) in runner.batches(xs):
+            y, observed = observe(block, x, runner.rope)
+            xs[rows].copy_(y, non_blocking=True)
+            found.append(observed)
+        for observed in torch.stack(found).cpu():  # once: the device need not stop for each batch
+            sums[:, i] += observed
+        check_finite({"its output": sums[3, i]}, f"block {i}")  # a cosine with what is not is NaN
+        kept.append(xs.flatten(0, 1)[here])
     similarity, error = mean_cosines(kept, pieces[sample], runner.device)
     variance, attention, mlp, neighbours = parallel.total(sums) / tokens.numel()
     for side in (1, -1):

@@ -25,7 +25,7 @@ import console
 import parallel
 from checkpoint.config import read_json
 from checkpoint.reader import Checkpoint, Weights
-from console import progress
+from console import forecast, progress
 from console.options import add_device_options, compute_dtype
 from model import (
     RMSNorm,
@@ -33,6 +33,7 @@ from model import (
     Transformer,
     batches,
     check_finite,
+    check_ids,
     count,
     embed,
     generate,
@@ -108,11 +109,12 @@ def window_losses(logits_of: Callable, states: Tensor, tokens: Tensor) -> Tensor
 @torch.inference_mode()
 def losses(net: Transformer, windows: Tensor, device: str) -> Tensor:
     """Return the mean losses (N,) of windows (N, T), with the whole model in memory."""
+    check_ids(windows, net.config.vocab_size)
     means, slices = [], list(batches(windows))
     for rows in progress(slices, "evaluate: batches", len(slices)):
         ids = windows[rows].to(device)
-        means.append(window_losses(net.head, net.hidden(ids), ids).cpu())
-    return torch.cat(means)
+        means.append(window_losses(net.head, net.hidden(ids), ids))
+    return torch.cat(means).cpu()
 
 
 @torch.inference_mode()
@@ -122,7 +124,8 @@ def losses_streamed(source: Checkpoint, windows: Tensor, device: str, dtype: tor
     All windows pass through a block before the next block is read.
     """
     runner, outer = Runner(source.config, windows.shape[1], device, dtype), source.outer()
-    xs = embed(outer, windows, dtype)
+    needs = forecast.evaluating(source.config, *windows.shape, dtype.itemsize)
+    xs = runner.home(embed(outer, windows, dtype), needs)
     L = source.config.num_hidden_layers
     for i in progress(range(L), "evaluate: blocks", L):
         runner.run_block(source.block(i), xs)
@@ -131,10 +134,10 @@ def losses_streamed(source: Checkpoint, windows: Tensor, device: str, dtype: tor
 
 def readout(outer: Weights, runner: Runner) -> Callable[[Tensor], Tensor]:
     """Return the function from streams (..., C) that leave the last block to logits (..., V)."""
-    outer = move(outer, runner.device, runner.dtype)
-    norm = RMSNorm(outer["model.norm.weight"], runner.config.rms_norm_eps)
     head = outer.get("lm_head.weight", outer["model.embed_tokens.weight"])
-    return lambda states: F.linear(norm(states), head)
+    used = move({"head": head, "norm": outer["model.norm.weight"]}, runner.device, runner.dtype)
+    norm = RMSNorm(used["norm"], runner.config.rms_norm_eps)
+    return lambda states: F.linear(norm(states), used["head"])
 
 
 @torch.inference_mode()
@@ -144,10 +147,9 @@ def final_losses(outer: Weights, xs: Tensor, windows: Tensor, runner: Runner) ->
     These are xs (N, T, C).
     """
     logits_of, means = readout(outer, runner), []
-    for rows in batches(windows):
-        states, ids = xs[rows].to(runner.device), windows[rows].to(runner.device)
-        means.append(window_losses(logits_of, states, ids).cpu())
-    return torch.cat(means)
+    for _, (states, ids) in runner.batches(xs, windows):
+        means.append(window_losses(logits_of, states, ids))
+    return torch.cat(means).cpu()
 
 
 def kullback_leibler(p: Tensor, q: Tensor) -> Tensor:
@@ -164,14 +166,14 @@ def divergence(p_of: Callable, xs: Tensor, q_of: Callable, ys: Tensor, device: t
     is KL(p || q), in nats, or another function of log p and log q. Logits exist for 1024 tokens at
     a time, as above.
     """
-    total = 0.0
+    parts = []
     for rows in batches(xs):
         pieces = (states[rows].flatten(0, 1).split(1024) for states in (xs, ys))
         for x, y in zip(*pieces, strict=True):
             p = p_of(x.to(device)).float().log_softmax(-1)
             q = q_of(y.to(device)).float().log_softmax(-1)
-            total += float(distance(p, q).sum())
-    return parallel.total(total) / count(xs)
+            parts.append(distance(p, q).sum())
+    return parallel.total(float(sum(torch.stack(parts).tolist()))) / count(xs)
 
 
 # ---- perplexity

@@ -173,8 +173,9 @@ def merge_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner,
     A merge has two halves, and `paper` returns the paper's. merge_attention(members, xs) makes one
     block of the members and cuts its heads. merge_mlp(block, xs) cuts that block's MLP. Each
     returns the block and what it kept. ValueError, naming the group, if a weight or a statistic of
-    the text becomes NaN or infinite.
+    the text becomes NaN or infinite, or if processes that work together choose differently.
     """
+    parallel.agree(groups, "groups")
     for group in groups:
         with console.naming(f"blocks {group}"):
             members = [source.block(i) for i in group]
@@ -182,7 +183,8 @@ def merge_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner,
             runner.attend(block, xs)
             block, channels = merge_mlp(block, xs)       # judged on what the kept heads write
             runner.feed(block, xs)                       # the next group sees the compressed model
-            check_finite(block, "the merged block")
+            check_finite(block, "the merged block", runner.device)
+            parallel.agree([heads.get("kv_heads"), channels.get("channels")], "heads or channels")
         yield block, heads | channels
 
 
@@ -459,7 +461,9 @@ def main() -> None:
         S = measure(source, tokens, runner).S                           # (L, L)
         groups = select_groups(S, merges, args.max_group or len(S))
         mine = parallel.share(tokens)                                   # all, in one process
+        needs = memory(source.config, *mine.shape, runner.dtype.itemsize, max(map(len, groups)))
         xs = embed(source.outer(), mine, runner.dtype)                  # (N, T, C), enters block 0
+        xs = runner.home(xs, needs)
         halves = keep_wide() if args.keep_wide else paper(runner, args.ridge)
         blocks = merge_groups(source, groups, xs, runner, *with_errors(*halves, runner))
         reports = new_reports(groups, S)
@@ -514,7 +518,10 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
         tokens, text = read_tokens(source.path, args)
         runner = start_runner(source, args, text)
         check_finite(source.outer(), "outside the blocks")
-        xs = embed(source.outer(), parallel.share(tokens), runner.dtype)
+        mine = parallel.share(tokens)
+        needs = forecast.pruning(source.config, *mine.shape, runner.dtype.itemsize,
+                                 max(source.config.widths))
+        xs = runner.home(embed(source.outer(), mine, runner.dtype), needs)
         groups = [[i] for i in range(len(source.config.widths))]
         halves = with_errors(*paper(runner, args.ridge), runner)
         blocks = merge_groups(source, groups, xs, runner, *halves)

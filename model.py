@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import parallel
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint, Weights
-
-BATCH_TOKENS = 2048  # tokens that a block reads at a time
+from console import forecast
+from console.forecast import BATCH_TOKENS
 
 
 class RMSNorm(nn.Module):
@@ -260,11 +260,9 @@ class Transformer(nn.Module):
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the final normed states (B, T, C) of token ids (B, T).
 
-        With a cache, the ids continue what it holds. Then a single id is not checked: it is the
-        model's own choice, and to read it the CPU would have to wait for the GPU.
+        With a cache, the ids continue what it holds. They are not checked here: to read them, the
+        CPU would have to wait for the GPU.
         """
-        if cache is None or cache.length == 0 or ids.shape[1] > 1:
-            check_ids(ids, self.config.vocab_size)
         x = self.model["embed_tokens"](ids)
         rope = (rope_table(self.config, 0, ids.shape[1], like=x) if cache is None
                 else cache.rope(self.config, ids.shape[1], like=x))
@@ -280,6 +278,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of token ids (B, T)."""
+        check_ids(ids, self.config.vocab_size)
         return self.head(self.hidden(ids))
 
 
@@ -310,12 +309,12 @@ def move(weights: Weights, device: str | torch.device, dtype: torch.dtype) -> We
 
 # ---- running blocks over the streams of a whole text
 
-def batches(xs: Tensor) -> Iterator[slice]:
-    """Cut the N windows of xs (N, T, ...) into slices of about BATCH_TOKENS tokens each.
+def batches(xs: Tensor, tokens: int | None = None) -> Iterator[slice]:
+    """Cut the N windows of xs (N, T, ...) into slices of about BATCH_TOKENS, or `tokens`, tokens.
 
     Without any windows there is one empty slice, so that sums over them still have a shape.
     """
-    step = max(1, BATCH_TOKENS // xs.shape[1])
+    step = max(1, (tokens or BATCH_TOKENS) // xs.shape[1])
     return (slice(i, i + step) for i in range(0, max(1, len(xs)), step))
 
 
@@ -336,10 +335,10 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_finite(tensors: Weights, where: str) -> None:
-    """ValueError that names the place if any number is NaN or infinite."""
+def check_finite(tensors: Weights, where: str, device: torch.device | None = None) -> None:
+    """ValueError that names the place if any number is NaN or infinite, looked at on the device."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not tensor.to(device or tensor.device).isfinite().all():
             raise ValueError(f"{where}: NaN or infinity in {name}; the checkpoint is broken, or "
                              "--dtype is too narrow for this model (try float32)")
 
@@ -347,14 +346,53 @@ def check_finite(tensors: Weights, where: str) -> None:
 class Runner:
     """Runs blocks, one at a time, over the streams xs (N, T, C) of all windows of a text.
 
-    The streams stay on the CPU; weights and batches move to the device and back. So memory does not
-    grow with depth.
+    Weights move to the device block by block, so memory does not grow with depth. Streams live
+    where `home` puts them. If that is not the device, batches of them move there and back.
     """
 
     def __init__(self, config: Config, length: int, device: str, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         like = torch.empty(0, device=device, dtype=dtype)
         self.rope = rope_table(config, 0, length, like)
+        self.tokens = forecast.batch_tokens(config, self.device, dtype.itemsize)
+
+    def home(self, xs: Tensor, needs: dict[str, int]) -> Tensor:
+        """Return the stream xs where it will live during work that takes the memory `needs`.
+
+        `needs` are those of console/forecast.py, with all streams in them. If they fit, the stream
+        lives on the device, else on the host: for a GPU in pinned memory, which it reads and writes
+        while it works. On a CPU xs stays what it is.
+        """
+        if self.device.type == "cpu" or forecast.fits(needs, self.device):
+            return xs.to(self.device)
+        return xs.pin_memory() if self.device.type == "cuda" else xs
+
+    def batches(self, *streams: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Yield slices of the windows, each with that part of all streams, on the device.
+
+        A GPU copies from the host what comes next while it works on what came before. In the end it
+        has done all work, so that the host may read what was written there.
+        """
+        away = self.device.type == "cuda" and not all(stream.is_cuda for stream in streams)
+        copies = torch.cuda.Stream(self.device) if away else None
+
+        def fetch(rows: slice) -> list[Tensor]:
+            with torch.cuda.stream(copies):  # of None: nothing changes
+                return [stream[rows].to(self.device, non_blocking=True) for stream in streams]
+        slices = list(batches(streams[0], None if self.device.type == "cpu" else self.tokens))
+        following = fetch(slices[0])
+        for rows, after in zip(slices, [*slices[1:], None], strict=True):
+            parts = following
+            if away:
+                work = torch.cuda.current_stream(self.device)
+                work.wait_stream(copies)  # `parts` have arrived
+                for part in parts:
+                    part.record_stream(work)  # their memory is not used again before it is done
+            if after is not None:
+                following = fetch(after)
+            yield rows, parts
+        if away:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def block(self, weights: Weights) -> Block:
         """Make a block that is ready to run."""
@@ -363,8 +401,8 @@ class Runner:
     @torch.inference_mode()
     def update(self, xs: Tensor, step: Callable[[Tensor], Tensor]) -> None:
         """xs <- step(xs), in place, batch by batch. step maps a batch (B, T, C) on the device."""
-        for rows in batches(xs):
-            xs[rows] = step(xs[rows].to(self.device)).to(xs.device)
+        for rows, (x,) in self.batches(xs):
+            xs[rows].copy_(step(x), non_blocking=True)
 
     def run_block(self, weights: Weights, *streams: Tensor) -> None:
         """xs <- block(xs), in place, for each stream xs."""
@@ -396,8 +434,8 @@ class Runner:
         own windows first.
         """
         totals = []
-        for rows in batches(streams[0]):
-            addends = terms(*(stream[rows].to(self.device) for stream in streams))
+        for _, parts in self.batches(*streams):
+            addends = terms(*parts)
             totals = totals or [zeros_for(addend) for addend in addends]
             for total, addend in zip(totals, addends, strict=True):
                 if isinstance(addend, Tensor):
@@ -448,6 +486,7 @@ def generate(net: Transformer, ids: Tensor, new_tokens: int, temperature: float 
     one of the `stop` ids. Without the cache every step reads the whole text again: the same result,
     slowly. `steps` counts the new tokens; it may tell of them.
     """
+    check_ids(ids, net.config.vocab_size)
     cache = Cache(ids.shape[1] + new_tokens) if use_cache else None
     generator = torch.Generator(ids.device).manual_seed(seed)
     done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)

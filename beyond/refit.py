@@ -78,7 +78,6 @@ from model import (
     Block,
     RMSNorm,
     Runner,
-    batches,
     check_finite,
     embed,
     move,
@@ -114,7 +113,8 @@ def few(xs: Tensor, tokens: int | None = None) -> Tensor:
     N = parallel.total(len(xs))
     n = min(FEW, N, max(1, tokens // xs.shape[1]) if tokens else FEW)
     chosen = {i * N // n for i in range(n)}
-    return xs[[k for k, i in enumerate(parallel.share(range(N))) if i in chosen]]
+    mine = [k for k, i in enumerate(parallel.share(range(N))) if i in chosen]
+    return xs[torch.tensor(mine, dtype=torch.long)]
 
 
 def stored(V: Tensor, like: Tensor) -> Tensor:
@@ -134,10 +134,9 @@ def attend_and_add(weights: Weights, xs: Tensor, total: Tensor, runner: Runner) 
     In a narrow dtype xs loses digits of what is added; `total` keeps them.
     """
     block = runner.block(weights)
-    for rows in batches(xs):
-        x = xs[rows].to(runner.device)
+    for rows, (x,) in runner.batches(xs):
         update = block.attend(x, runner.rope)
-        xs[rows] = (x + update).to(xs.device)
+        xs[rows].copy_(x + update, non_blocking=True)
         total[rows] += update.to(total.device)
 
 
@@ -435,8 +434,8 @@ class Fit:
             B, factor, pull = self.regression(features, few(xs), few(target), "head")
             W = fit(W, B, factor, pull)
             together = config.qk_norm and len(self.members) > 1
-            heads = choose_heads(W, torch.cholesky_inverse(factor), size, keep, together,
-                                 self.eliminators[0])
+            P = torch.cholesky_inverse(factor, out=factor)  # overwritten, for it is large
+            heads = choose_heads(W, P, size, keep, together, self.eliminators[0])
         else:
             squares = mean_squares(self.runner, few(xs), features)
             check_finite({"the head statistics": squares}, FIT)
@@ -461,8 +460,7 @@ class Fit:
             shortlisted = prune_mlp(wide, channels.cpu(), stored(W, wide[DOWN_PROJ]))
             features = channel_features(shortlisted, self.runner)
             B, factor, pull = self.regression(features, few(xs), few(target), "channel")
-            W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor)
-            del factor  # large: only P is needed from here on
+            W, P = fit(W, B, factor, pull), torch.cholesky_inverse(factor, out=factor)
             stay = self.eliminators[1](W, P, keep)
             W, channels = W[stay], channels[stay]
         return channels, W
@@ -524,8 +522,9 @@ def fitting(config: Config, samples: int, length: int, itemsize: int, width: int
     patterns = 2 * config.num_attention_heads * length ** 2 * max(itemsize, 4)
     windows = stream(config, min(FEW, samples), length, itemsize)
     parts = flattening(config, samples, length, itemsize, width)
+    solve = max(16 * kept ** 2, patterns, parts.pop("batch"))
     parts["streams"] = 2 * parts["streams"] + stream(config, samples, length, max(itemsize, 4))
-    return parts | {"a few windows": 2 * width * windows, "solve": max(16 * kept ** 2, patterns)}
+    return parts | {"a few windows": 2 * width * windows, "solve": solve}
 
 
 def parse_args() -> argparse.Namespace:
@@ -563,7 +562,9 @@ def main() -> None:
         else:
             groups = select_groups(S, merges, args.max_group or len(S))
         mine = parallel.share(tokens)                            # all, in one process
+        needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, max(map(len, groups)))
         xs = embed(source.outer(), mine, runner.dtype)           # (N, T, C), enters block 0
+        xs = runner.home(xs, needs)
         blocks = refit_groups(source, groups, xs, runner, args.ridge)
         reports = new_reports(groups, S)
         for block in tell(blocks, source, groups, reports):

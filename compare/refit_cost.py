@@ -33,7 +33,7 @@ from checkpoint.reader import Weights
 from compare.speed import SHAPES, shape_config
 from console.options import DEFAULT_DEVICE, DTYPES, compute_dtype
 from flatten import merge_groups, merges_for_ratio, paper
-from model import Runner, batches
+from model import Runner
 
 try:
     import resource
@@ -62,10 +62,9 @@ class Pair:
 def look(runner: Runner, weights: Weights, xs: Tensor) -> None:
     """Do what the measuring pass does for one block: run it, and look at what it adds."""
     block, ys = runner.block(weights), torch.empty_like(xs)
-    for rows in batches(xs):
-        x = xs[rows].to(runner.device)
+    for rows, (x,) in runner.batches(xs):
         y, _ = observe(block, x, runner.rope)
-        ys[rows] = y.to(ys.device)
+        ys[rows].copy_(y, non_blocking=True)
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 All sizes are in bytes. `itemsize` is that of the dtype in which the run computes.
 """
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ import torch
 
 from checkpoint.config import Config
 
+BATCH_TOKENS = 2048  # tokens that a block reads at a time
+MOST_TOKENS = 2**14  # the same on a GPU, if memory allows
+LIBRARIES = 5_000_000  # bytes that those under PyTorch keep for themselves, measured on a CPU
 MARGIN = 1.2  # peaks that were measured are up to 1.15 times what is computed
-ON_HOST = {"streams", "a few windows"}  # whatever the device is
+ON_HOST = {"streams", "a few windows"}  # if the device has no room for them
 
 
 def stream(config: Config, samples: int, length: int, itemsize: int = 4) -> int:
@@ -26,29 +30,72 @@ def writing(config: Config, together: int, length: int, itemsize: int) -> dict[s
             "keys and values": 2 * together * length * heads * config.head_dim * itemsize}
 
 
+def batch(config: Config, samples: int, length: int, itemsize: int, width: int = 1) -> int:
+    """Return the size of what a block of `width` members makes at a time.
+
+    That is about three numbers for each token and channel of its MLP (and for a narrow dtype one in
+    float32, to be summed), and four of the size of the stream.
+    """
+    channels, tokens = width * config.intermediate_size, min(max(BATCH_TOKENS, length),
+                                                             samples * length)
+    wider = 4 * channels if itemsize < 4 else 0
+    return tokens * ((3 * channels + 4 * config.hidden_size) * itemsize + wider)
+
+
 def measuring(config: Config, samples: int, length: int, itemsize: int,
               sample: int) -> dict[str, int]:
     """Return what the first pass holds, with `sample` tokens of each of the L + 1 streams."""
     kept = (config.num_hidden_layers + 1) * min(sample, samples * length)
     return {"streams": stream(config, samples, length, itemsize),
-            "sample": kept * config.hidden_size * itemsize}
+            "sample": kept * config.hidden_size * itemsize,
+            "batch": batch(config, samples, length, itemsize), "libraries": LIBRARIES}
+
+
+def evaluating(config: Config, samples: int, length: int, itemsize: int) -> dict[str, int]:
+    """Return what an evaluation holds that reads block after block.
+
+    Logits are for 1024 tokens at a time, about three numbers each, in float32.
+    """
+    return {"streams": stream(config, samples, length, itemsize),
+            "block": config.block_parameters() * itemsize,
+            "head": config.vocab_size * (config.hidden_size * itemsize + 3 * 4 * 1024),
+            "batch": batch(config, samples, length, itemsize), "libraries": LIBRARIES}
 
 
 def flattening(config: Config, samples: int, length: int, itemsize: int,
                width: int) -> dict[str, int]:
     """Return what it takes to flatten a group of `width` blocks."""
     return {"streams": stream(config, samples, length, itemsize),
-            "wide block": width * config.block_parameters() * itemsize}
+            "wide block": width * config.block_parameters() * itemsize,
+            "batch": batch(config, samples, length, itemsize, width), "libraries": LIBRARIES}
 
 
 def pruning(config: Config, samples: int, length: int, itemsize: int, width: int) -> dict[str, int]:
     """Return what it takes to flatten and prune a group of `width` blocks.
 
-    C is in float32 over all channels of the group, and one such matrix is solved in float64.
+    C is in float32 over all n channels of the group. One such matrix is solved in float64, and
+    prune.inverse_diagonal holds three times 256 columns of it. The batches came before that.
     """
-    numbers = (width * config.intermediate_size) ** 2
-    return flattening(config, samples, length, itemsize, width) | {
-        "statistics": 4 * numbers, "solve": 8 * numbers}
+    parts = flattening(config, samples, length, itemsize, width)
+    n = width * config.intermediate_size
+    solve = max(8 * n * (n + 3 * 256), parts.pop("batch"))
+    return parts | {"statistics": 4 * n ** 2, "solve": solve}
+
+
+def group_memory(groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the bytes that the limit of a container still allows; infinity without one.
+
+    Linux has them in files of a control group, version 2 or 1. What files are cached is not counted
+    as used, for that memory can be had.
+    """
+    free = float("inf")
+    for name in ("memory.max", "memory.high", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+            limit = int((groups / name).read_text())
+            stat = (groups / name).with_name("memory.stat").read_text().split()
+            used = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+            free = min(free, limit - used.get("anon", used.get("total_rss", 0)))
+    return max(free, 0)
 
 
 def free_memory(device: str) -> float:
@@ -56,15 +103,33 @@ def free_memory(device: str) -> float:
 
     Processes that torchrun has started on this machine share its memory.
     """
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # what PyTorch keeps for later is free
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                return min(int(line.split()[1]) * 1024, group_memory()) / share
     except OSError:
         pass
     return float("inf")
+
+
+def fits(needs: dict[str, int], device: torch.device) -> bool:
+    """Tell whether a device has room for all of this, and for a margin."""
+    return sum(needs.values()) * MARGIN <= free_memory(device)
+
+
+def batch_tokens(config: Config, device: torch.device, itemsize: int) -> int:
+    """Return how many tokens a device reads at a time, for blocks of two members.
+
+    From BATCH_TOKENS to MOST_TOKENS, as many as take a sixteenth of the free memory.
+    """
+    if device.type == "cpu":
+        return BATCH_TOKENS
+    fitting = free_memory(device) / 16 // batch(config, 1, 1, itemsize, width=2)
+    return int(min(max(fitting, BATCH_TOKENS), MOST_TOKENS))
 
 
 def largest_group(memory: Callable[[int], dict[str, int]], most: int, device: str) -> int:

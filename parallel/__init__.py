@@ -6,12 +6,13 @@ All of them have the same sums, so they choose the same heads and channels and m
 Process 0 alone writes and prints. Without torchrun there is one process, and every function here
 gives back what it gets.
 
-`total` and `whole` wait for the other processes. So do all functions that use them: every process
-must call them, in the same order.
+`total`, `whole` and `agree` wait for the other processes. So do all functions that use them: every
+process must call them, in the same order.
 """
 import atexit
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -87,3 +88,11 @@ def whole(values: Tensor) -> Tensor:
     everything = values.new_zeros(total(len(values)), *values.shape[1:])
     everything[rank()::ranks()] = values
     return total(everything)
+
+
+def agree(choice, what: str) -> None:
+    """ValueError if the processes have not all made the same choice, a list of whole numbers."""
+    code = zlib.crc32(repr(choice).encode())
+    if total(code) != ranks() * code:
+        raise ValueError(f"the processes chose different {what}, for they round differently; "
+                         "use GPUs or machines of one kind, or one process")

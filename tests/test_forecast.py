@@ -1,6 +1,7 @@
 """What --dry-run says: computed by hand for LLaMA-2-7B, and for what a run then makes."""
 import pytest
 import tiny
+import torch
 
 import flatten
 from beyond import refit
@@ -17,23 +18,35 @@ PAPER = LLAMA2_7B, 128, 2048, 2  # windows of tokens, in bfloat16
 def test_the_memory_of_the_first_pass_written_out():
     assert forecast.measuring(*PAPER, sample=2048) == {
         "streams": 2_147_483_648,                                     # 128 * 2048 * 4096 * 2
-        "sample": 553_648_128}                                        # 33 * 2048 * 4096 * 2
+        "sample": 553_648_128,                                        # 33 * 2048 * 4096 * 2
+        "libraries": 5_000_000,
+        "batch": 292_552_704}                    # 2048 * ((3 * 11008 + 4 * 4096) * 2 + 4 * 11008)
     few = forecast.measuring(LLAMA2_7B, 2, 100, 2, sample=2048)
     assert few["sample"] == 54_067_200                                # 33 * 200 * 4096 * 2
 
 
 def test_the_memory_of_pruning_written_out():
     assert forecast.pruning(*PAPER, width=2) == {
-        "streams": 2_147_483_648,
+        "streams": 2_147_483_648, "libraries": 5_000_000,
         "wide block": 809_533_440,                                    # 2 * 202,383,360 * 2
         "statistics": 1_938_817_024,                                  # 22016^2 * 4
-        "solve": 3_877_634_048}                                       # 22016^2 * 8
-    assert forecast.pruning(*PAPER, width=4)["solve"] == 15_510_536_192
+        "solve": 4_012_900_352}                                       # 22016 * (22016 + 768) * 8
+    assert forecast.pruning(*PAPER, width=4)["solve"] == 15_781_068_800
+    small = forecast.pruning(tiny.config(), 100, 64, 4, width=2)
+    assert small["solve"] == 3_014_656                                # 2048 * (3 * 80 + 4 * 32) * 4
+
+
+def test_the_memory_of_an_evaluation_written_out():
+    assert forecast.evaluating(*PAPER) == {
+        "streams": 2_147_483_648, "libraries": 5_000_000,
+        "block": 404_766_720,
+        "head": 655_360_000,                                          # 32000 * (4096 * 2 + 12288)
+        "batch": 292_552_704}
 
 
 def test_the_memory_of_the_fit_written_out():
     assert refit.fitting(*PAPER, width=2) == {
-        "streams": 8_589_934_592,                                     # two, and one in float32
+        "streams": 8_589_934_592, "libraries": 5_000_000,             # two, and one in float32
         "wide block": 809_533_440,
         "a few windows": 2_147_483_648,                               # 2 * 2 * 32 * 2048 * 4096 * 2
         "solve": 4_362_338_304}                                       # 2 * 16512^2 * 8
@@ -85,6 +98,32 @@ def test_the_largest_group_is_what_the_memory_holds(monkeypatch):
         assert forecast.largest_group(memory, 7, "cpu") == blocks
     monkeypatch.setattr(forecast, "free_memory", lambda device: 1.2 * 249)
     assert forecast.largest_group(memory, 7, "cuda") == 4  # streams stay on the host
+
+
+@pytest.mark.parametrize("files, free", [
+    ({}, float("inf")),
+    ({"memory.max": "max", "memory.stat": "anon 300\nfile 500"}, float("inf")),
+    ({"memory.max": "1000", "memory.high": "max", "memory.stat": "anon 300\nfile 500"}, 700),
+    ({"memory.max": "1000", "memory.high": "800", "memory.stat": "anon 300\nfile 500"}, 500),
+    ({"memory.max": "1000", "memory.stat": "anon 1300"}, 0),
+    ({"memory/memory.limit_in_bytes": "1000", "memory/memory.stat": "rss 1\ntotal_rss 400"}, 600)])
+def test_the_limit_of_a_container_is_respected(tmp_path, monkeypatch, files, free):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert forecast.group_memory(tmp_path) == free
+    monkeypatch.setattr(forecast, "group_memory", lambda: 640)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert forecast.free_memory("cpu") == 320
+
+
+def test_a_gpu_reads_as_many_tokens_at_a_time_as_memory_allows(monkeypatch):
+    batch = forecast.batch(LLAMA2_7B, 1, 1, 2, width=2)               # of one token: 253,952 bytes
+    assert batch == (3 * 22016 + 4 * 4096) * 2 + 4 * 22016
+    for free, tokens in ((0, 2048), (16 * 5000.5 * batch, 5000), (1e15, 16384)):
+        monkeypatch.setattr(forecast, "free_memory", lambda device, free=free: free)
+        assert forecast.batch_tokens(LLAMA2_7B, torch.device("meta"), 2) == tokens
+        assert forecast.batch_tokens(LLAMA2_7B, torch.device("cpu"), 2) == 2048
 
 
 def test_a_group_that_memory_does_not_hold_is_not_planned(ckpt, cli, monkeypatch):

@@ -155,6 +155,30 @@ def test_flatten_and_evaluate_by_several_processes(ckpt, text_file, tmp_path, cl
     assert row.rpartition("|")[0].rpartition("|")[0] in together  # all but the speed
 
 
+DIFFERENT = """
+import console, flatten, parallel, prune
+
+def main():
+    if parallel.rank():
+        {}
+    flatten.main()
+console.run(main, torchrun="together")
+"""
+
+
+@pytest.mark.parametrize("what, change", [
+    ("heads or channels", "prune.best = lambda scores, k: scores.argsort()[:k].sort().values"),
+    ("groups", "flatten.select_groups = lambda *_: [[0, 1], [2], [3], [4]]")])
+def test_processes_that_choose_differently_say_so_and_write_nothing(ckpt, text_file, tmp_path, what,
+                                                                   change):
+    script, out = tmp_path / "different.py", tmp_path / "results" / "out"
+    script.write_text(DIFFERENT.format(change))
+    code, _, errors = run(2, script, "--ckpt", ckpt, "--data", text_file, "--ratio", 0.1,
+                          "--samples", 4, "--length", 16, "--no-eval", "--out", out)
+    assert code != 0 and errors and all(f"chose different {what}" in line for line in errors)
+    assert not out.parent.exists()
+
+
 def test_a_mistake_of_all_processes_is_told_once_and_leaves_nothing(ckpt, text_file, tmp_path):
     out = tmp_path / "results" / "out"
     code, _, errors = run(2, "flatten.py", "--ckpt", ckpt, "--data", text_file, "--samples", 10**6,
