@@ -95,7 +95,7 @@ def window_losses(logits_of: Callable, states: Tensor, tokens: Tensor) -> Tensor
     """Return the mean next-token losses of B windows, (B,) in float32.
 
     states (B, T, C) are final states, from which logits_of makes logits, and tokens (B, T) are the
-    ids. A vocabulary is large, so logits exist for at most 1024 tokens at a time.
+    ids; B may be 0. A vocabulary is large, so logits exist for at most 1024 tokens at a time.
     """
     means = []
     for window, ids in zip(states, tokens, strict=True):
