@@ -338,7 +338,9 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_finite(tensors: Weights, where: str, device: torch.device | None = None) -> None:
     """ValueError that names the place if any number is NaN or infinite, looked at on the device."""
     for name, tensor in tensors.items():
-        if not tensor.to(device or tensor.device).isfinite().all():
+        # the least and the greatest tell, and take no memory: NaN is both
+        if tensor.numel() and not torch.stack(
+                tensor.to(device or tensor.device).aminmax()).isfinite().all():
             raise ValueError(f"{where}: NaN or infinity in {name}; the checkpoint is broken, or "
                              "--dtype is too narrow for this model (try float32)")
 
@@ -438,14 +440,8 @@ class Runner:
             addends = terms(*parts)
             totals = totals or [zeros_for(addend) for addend in addends]
             for total, addend in zip(totals, addends, strict=True):
-                if isinstance(addend, Tensor):
-                    total += addend.flatten(0, -2).sum(0, dtype=total.dtype)
-                    continue
-                a, b = (part.flatten(0, -2).to(total.dtype) for part in addend)
-                if addend[0] is addend[1]:
-                    add_gram(total, a)
-                else:
-                    total.addmm_(a.T, b)
+                add_to(total, addend)
+            del addends, addend  # large: before the next ones are made
         return [parallel.total(total) for total in totals]
 
 
@@ -454,6 +450,18 @@ def zeros_for(addend: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     parts = [addend] if isinstance(addend, Tensor) else addend
     dtype = max((sum_dtype(part.dtype) for part in parts), key=lambda kind: kind.itemsize)
     return torch.zeros([part.shape[-1] for part in parts], dtype=dtype, device=parts[0].device)
+
+
+def add_to(total: Tensor, addend: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Add what Runner.sums makes of a tensor or a pair of tensors to total, in place."""
+    if isinstance(addend, Tensor):
+        total += addend.flatten(0, -2).sum(0, dtype=total.dtype)
+        return
+    a, b = (part.flatten(0, -2).to(total.dtype) for part in addend)
+    if addend[0] is addend[1]:
+        add_gram(total, a)
+    else:
+        total.addmm_(a.T, b)
 
 
 def add_gram(total: Tensor, a: Tensor) -> None:

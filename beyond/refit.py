@@ -355,12 +355,13 @@ class Fit:
         members = self.aligned("post_attention_layernorm.weight", xs, self.middles)
         wide = block | {name: tensor for name, tensor in flatten_blocks(members).items()
                         if name.startswith("mlp.")}
+        members = self.members = []  # together larger than the wide block, which is needed only
         target = self.dense.to(sum_dtype(runner.dtype)) - xs
         if "dense" not in self.parts:
             target = xs.clone()
             runner.update(target, runner.block(wide).feed)
         weights, channels = self.fit_channels(wide, xs, target)
-        of_members = by_member(channels, runner.config.intermediate_size, len(members))
+        of_members = by_member(channels, runner.config.intermediate_size, len(self.middles))
         return weights, {"channels": of_members}
 
     def aligned(self, norm_name: str, xs: Tensor, own: list[Tensor]) -> list[Weights]:
@@ -514,17 +515,19 @@ def fitting(config: Config, samples: int, length: int, itemsize: int, width: int
     """Return what memory it takes to fit a group of `width` blocks, see console/forecast.py.
 
         streams         the dense one, the compressed one and, in float32, what is missing
-        a few windows   of what enters and leaves each member's attention
-        solve           two float64 matrices over the channels that are compared, or, if larger,
-                        the attention patterns of one window, twice
+        a few windows   of what enters and leaves each member's attention, and of two streams
+        wide block      and the channels of it that are compared
+        solve           in float64, two matrices over these channels and four of what they write,
+                        or, if larger, the attention patterns of one window, twice, or a batch
     """
     kept = min(int(SHORTLIST * config.intermediate_size), width * config.intermediate_size)
     patterns = 2 * config.num_attention_heads * length ** 2 * max(itemsize, 4)
     windows = stream(config, min(FEW, samples), length, itemsize)
     parts = flattening(config, samples, length, itemsize, width)
-    solve = max(16 * kept ** 2, patterns, parts.pop("batch"))
+    solve = max(16 * kept * (kept + 2 * config.hidden_size), patterns, parts.pop("batch"))
+    parts["wide block"] *= 2
     parts["streams"] = 2 * parts["streams"] + stream(config, samples, length, max(itemsize, 4))
-    return parts | {"a few windows": 2 * width * windows, "solve": solve}
+    return parts | {"a few windows": 2 * (width + 1) * windows, "solve": solve}
 
 
 def parse_args() -> argparse.Namespace:

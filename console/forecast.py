@@ -13,7 +13,7 @@ from checkpoint.config import Config
 
 BATCH_TOKENS = 2048  # tokens that a block reads at a time
 MOST_TOKENS = 2**14  # the same on a GPU, if memory allows
-LIBRARIES = 5_000_000  # bytes that those under PyTorch keep for themselves, measured on a CPU
+LIBRARIES = 5_000_000  # bytes that PyTorch and those under it keep, measured on a CPU
 MARGIN = 1.2  # peaks that were measured are up to 1.15 times what is computed
 ON_HOST = {"streams", "a few windows"}  # if the device has no room for them
 

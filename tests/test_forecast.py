@@ -47,9 +47,9 @@ def test_the_memory_of_an_evaluation_written_out():
 def test_the_memory_of_the_fit_written_out():
     assert refit.fitting(*PAPER, width=2) == {
         "streams": 8_589_934_592, "libraries": 5_000_000,             # two, and one in float32
-        "wide block": 809_533_440,
-        "a few windows": 2_147_483_648,                               # 2 * 2 * 32 * 2048 * 4096 * 2
-        "solve": 4_362_338_304}                                       # 2 * 16512^2 * 8
+        "wide block": 1_619_066_880,                                  # twice
+        "a few windows": 3_221_225_472,                               # 2 * 3 * 32 * 2048 * 4096 * 2
+        "solve": 6_526_599_168}                                       # 16 * 16512 * (16512 + 8192)
     assert refit.fitting(LLAMA2_7B, 128, 8192, 2, 2)["solve"] == 17_179_869_184  # 2 * 32 * 2^26 * 4
 
 
