@@ -263,7 +263,8 @@ def read_state(path: Path, run: dict, state: Weights) -> dict:
         return facts
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
             json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to start anew") from None
+        raise ValueError(f"{path} cannot be read as the state of a run ({error}); choose another "
+                         "--out, or delete it if a run has left it") from None
 
 
 # ---- training

@@ -316,6 +316,7 @@ def test_what_was_trained_is_never_replaced(train, tmp_path):
     path.write_bytes(b"damaged")
     code, _, err = train()
     assert code == 2 and "cannot be read" in err and path.read_bytes() == b"damaged"
+    assert "choose another --out, or delete it if a run has left it" in err
 
 
 def test_a_second_run_into_one_file_is_refused_as_long_as_the_first_lives(train, tmp_path):

@@ -566,6 +566,15 @@ def test_the_table_says_who_reaches_the_fit_and_when():
                          "| fit | KL, LoRA | 200 | 1 | 3.32 | 0.2000 |  |"]
 
 
+@pytest.mark.parametrize("theirs", ['{"a": 1}\n{"b": 2}', "notes", '{"base": "fit"}\nnotes'])
+def test_a_file_that_is_not_ours_keeps_its_last_line(tmp_path, theirs):
+    path = tmp_path / "results.jsonl"
+    path.write_text(theirs)
+    with pytest.raises(ValueError, match="holds no rows of this program"):
+        compare.recovery.read_rows(path, {})
+    assert path.read_text() == theirs
+
+
 def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_path, text_file, cli):
     options = ["--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length", 16, "--steps", 2,
                "--batch", 2, "--windows", 2, "--bases", "paper", "--models", tmp_path / "models",
