@@ -44,7 +44,7 @@ def run(main: Callable[[], None], torchrun: str | None = None) -> None:
     try:
         parallel.start(torchrun)
         main()
-        parallel.total(0)  # no process leaves before the others
+        parallel.leave()
     except KeyboardInterrupt:
         fail(INTERRUPTED)
     except BrokenPipeError:  # the reader (head, less) has left

@@ -47,6 +47,18 @@ def start(torchrun: str | None) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
 
 
+def leave() -> None:
+    """End this process, if it works together with others, once all have done their work.
+
+    Python's own way out is not taken: threads of gloo that still run abort it now and then.
+    """
+    if ranks() > 1:
+        total(0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def rank() -> int:
     """Return the number of this process among those that work together, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
