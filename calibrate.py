@@ -184,7 +184,8 @@ def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tenso
     dtype = sum_dtype(x.dtype)
     norms = [(part.to(dtype).norm(dim=-1) / base.to(dtype).norm(dim=-1).clamp_min(1e-30)).sum()
              for part, base in ((attention, x), (mlp, middle))]
-    variance = x.to(dtype).var(-1, correction=0).sum()
+    exact = x.to(dtype)
+    variance = (exact - exact.mean(-1, keepdim=True)).square().mean(-1).sum()
     y = middle + mlp
     return y, torch.stack([variance, *norms, cosine_sums([x, y])[0, 1]])
 
@@ -276,7 +277,8 @@ def opening(tokenizer: Tokenizer, config: dict) -> int:
     """
     end = tokenizer.added.get("<|endoftext|>")
     first = tokenizer.bos_id if tokenizer.add_bos or end is None else end.id
-    named = [first, config.get("bos_token_id"), config.get("eos_token_id")]
+    ends = config.get("eos_token_id")  # one or, as in LLaMA-3, several
+    named = [first, config.get("bos_token_id"), *(ends if isinstance(ends, list) else [ends])]
     ids = [i for i in named if type(i) is int]
     if not ids:
         raise ValueError("--data self: neither the tokenizer nor config.json names a token that "

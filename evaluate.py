@@ -87,7 +87,7 @@ def windows_of(ids: Tensor | list[int], window: int, limit: int | None = None) -
     n = len(ids) // window
     if n == 0:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}; "
-                         "give a longer text or a smaller --window")
+                         "give a longer text or shorter windows")
     return torch.as_tensor(ids[:n * window]).view(n, window)[:limit]
 
 

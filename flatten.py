@@ -55,7 +55,7 @@ from evaluate import compare, probe, relative_error, sample, through, windows_of
 from model import Runner, check_finite, embed
 from prune import of_block, prune_attention, prune_channels, prune_heads, prune_mlp
 from text.tokenizer import load_tokenizer
-from text.wikitext import PYTHON, SELF, held_out_text
+from text.wikitext import PYTHON, SELF, find, held_out_text
 
 BUNDLED = Path(__file__).parent / "demo" / "checkpoint"
 QUICK_WINDOWS = 64  # of held-out text judge the quick start
@@ -382,6 +382,8 @@ def foretell(source: Checkpoint, args: argparse.Namespace, merges: int, memory: 
     memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
     """
     check_output(args.out, source.path, args.overwrite)
+    for data in set(args.data or []) - {PYTHON, SELF}:
+        find(data)
     config, size = source.config, source.size()[1]
     dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     first, shape = windows_measured(args.samples, args.length), (args.length, dtype.itemsize)

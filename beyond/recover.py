@@ -119,7 +119,7 @@ def trained_or_stored(now: Weights, stored: Weights) -> Weights:
 
 def is_json(path: str | None) -> bool:
     """Tell whether one of --data is a file of instructions."""
-    return str(path).endswith(".json")
+    return str(path).lower().endswith((".json", ".jsonl"))
 
 
 def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
@@ -136,9 +136,9 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
             raise ValueError(f"{name} has {len(ids)} tokens, fewer than twenty windows of "
                              f"--length {length}, of which one judges; give a longer text")
         return ids, name
-    file, texts = wikitext.source(path), []
+    file, texts, number = wikitext.find(path), [], 0
     try:
-        for row in json.loads(wikitext.read(file)):
+        for number, row in enumerate(json.loads(wikitext.read(file)), 1):  # noqa: B007
             question = question_of(row)
             whole = question + str.strip(row["output"])
             whole.encode("utf-8")  # JSON can hold halves of characters
@@ -146,8 +146,9 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
             ids = torch.tensor([*tokenizer.encode(whole), *stop[:1]][:length])
             texts += [(ids, asked)] if asked < len(ids) else []
     except (TypeError, KeyError, AttributeError, RecursionError, ValueError) as error:
+        where = f"row {number}: " if number else ""
         raise ValueError(f"{path}: expected a list of objects with the texts instruction, input "
-                         f"and output ({type(error).__name__}: {error})") from None
+                         f"and output ({where}{type(error).__name__}: {error})") from None
     if len(texts) < 20:
         raise ValueError(f"{path} has {len(texts)} instructions whose questions are shorter than "
                          f"--length {length}, and at least 20 are needed, of which one judges")
@@ -208,25 +209,33 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, li
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Keep others from writing the state of a run. ValueError if one that lives does so already.
+    """Keep others from writing the state of a run, and tell whoever interrupts it where that is.
 
-    The system takes the lock back when a process ends, however it ends.
+    ValueError if another run is writing there. The system takes the lock back when a process ends,
+    however it ends. Without the system's locks (Windows), nobody is kept away.
     """
-    if fcntl is None or parallel.rank():
+    if parallel.rank():
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with open(lock, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another run is writing {path}; let it end, or choose another "
                              "--out") from None
         try:
             yield
+        except KeyboardInterrupt:
+            if path.exists():
+                print(f"{path} has the run up to its last save; the same command goes on there "
+                      "(beyond.recover with --resume)", file=sys.stderr)
+            raise
         finally:
-            lock.unlink()
+            if fcntl:
+                lock.unlink()
 
 
 def save_state(path: Path, run: dict, facts: dict, state: Weights) -> None:
@@ -245,7 +254,12 @@ def save_state(path: Path, run: dict, facts: dict, state: Weights) -> None:
 
 
 def read_state(path: Path, run: dict, state: Weights) -> dict:
-    """Fill `state` with what is stored, and return the facts. ValueError if it is another run's."""
+    """Fill `state` with what is stored, and return the facts: none if nothing is stored.
+
+    An empty `state` asks only whether a run can go on. ValueError if it is another run's.
+    """
+    if not path.exists():
+        return {}
     try:
         with safe_open(path, "pt") as file:
             written, facts = (json.loads(file.metadata()[name]) for name in ("run", "facts"))
@@ -256,9 +270,9 @@ def read_state(path: Path, run: dict, state: Weights) -> dict:
                                  "same options, or delete it")
             for name, tensor in state.items():
                 tensor.copy_(file.get_tensor(name))
-        if not (0 < facts["steps"] <= run["steps"] and facts["tokens"] > 0 < facts["seconds"]
-                and math.isfinite(facts.get("dense", 0.0) + sum(
-                    loss for _, loss in facts.get("held_out", [])))):
+        losses = [facts.get("dense", 0.0), *(loss for _, loss in facts.get("held_out", []))]
+        if not (isinstance(facts["steps"], int) and 0 < facts["steps"] <= run["steps"]
+                and facts["tokens"] > 0 < facts["seconds"] and math.isfinite(sum(losses))):
             raise KeyError("its facts")
         return facts
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
@@ -321,11 +335,9 @@ def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, f
         moments = optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
                                         "exp_avg_sq": torch.zeros_like(p)}  # as AdamW begins
         state |= {name: p.data, **{f"{name}/{key}": value for key, value in moments.items()}}
-    facts = {"steps": 0, "tokens": 0, "seconds": 0.0, **facts}
-    if path.exists():
-        facts = read_state(path, run, state)
-    elif judge:
-        facts["held_out"] = [[0, judge()]]
+    facts = {"steps": 0, "tokens": 0, "seconds": 0.0, **facts, **read_state(path, run, state)}
+    if judge and "held_out" not in facts:
+        facts["held_out"] = [[facts["tokens"], judge()]]
     seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
     begin, saved, loss = time.monotonic() - facts["seconds"], time.monotonic(), math.nan
 
@@ -454,13 +466,8 @@ def main() -> None:
                        **chosen | {"last": args.last or None})
         run = {**chosen, "processes": parallel.ranks(), "student_sha256": source.digest(),
                "command": line, **about}
-        try:
-            student, facts = learn(groups, texts, held_out, dtype, unfinished, run, args)
-        except KeyboardInterrupt:
-            if unfinished.exists():
-                print(f"{unfinished} has the run up to its last save; --resume goes on there",
-                      file=sys.stderr)
-            raise
+        read_state(unfinished, run, {})  # a wrong file is told before the models are loaded
+        student, facts = learn(groups, texts, held_out, dtype, unfinished, run, args)
         for k, block in enumerate(student.model["layers"]):
             writer.add(trained_or_stored(block.state_dict(), source.block(k)))
         record["recovery"] = [*record.get("recovery", []), run | facts]

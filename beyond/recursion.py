@@ -12,6 +12,7 @@ Controls: --beta 1, --no-connector, and plain training: --passes 1 --lora, with 
 """
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def main() -> None:
     add("--beta", type=float, default=1.5, help="weight of a token made worse (default 1.5)")
     add("--lora", action="store_true", help="train a LoRA of all blocks, too")
     add("--no-connector", action="store_true", help="start a pass from the end of the one before")
-    add("--rows", type=Path, help="append the result to this file as a JSON line")
+    add("--rows", default=os.devnull, help="append the result to this file as a JSON line")
     args = recover.training_args(parser, 1e-3)
     args.judge = args.passes if args.judge is None else args.judge
     if min(args.passes, args.judge, args.beta) < 1 or not math.isfinite(args.beta):
@@ -132,6 +133,7 @@ def main() -> None:
     texts, _, about = recover.read_lessons(args, source)
     run = {name: getattr(args, name) for name in OPTIONS} | about | {
         "source": str(source.path), "source_sha256": source.digest()}
+    recover.read_state(out, run, {})  # a wrong --out is told before the model is loaded
     net = load(source.path, args.device, compute_dtype(args.dtype, args.device, source.dtype))
     connector = None if args.no_connector or args.passes == 1 else Connector(net)
     if args.lora:
@@ -140,18 +142,16 @@ def main() -> None:
 
     def teach(ids: Tensor, learned: Tensor, done: float) -> Tensor:
         return monotonic_loss(token_losses(net, connector, args.passes, ids), args.beta)
-    with recover.alone(out):
+    with recover.alone(out), open(args.rows, "a") as rows:
         facts = recover.train(teach, parts, texts, out, run, {}, args)
+        losses, shares = judge(net, connector, args.judge, windows, args.device)
+        print(json.dumps(run | facts | {"windows": len(windows), "losses": losses,
+                                        "improved": shares}), file=rows)
     print(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['seconds']:.0f} s; "
           f"no ordinary checkpoint\njudged on {len(windows)} windows of {args.length} tokens of "
           f"{name}\n| pass | perplexity | tokens that improved at every pass |\n|---|---|---|")
-    losses, shares = judge(net, connector, args.judge, windows, args.device)
     for r, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):
         print(f"| {r} | {math.exp(loss):.4f} | {share:.1%} |")
-    if args.rows:
-        with open(args.rows, "a") as file:
-            print(json.dumps(run | facts | {"windows": len(windows), "losses": losses,
-                                            "improved": shares}), file=file)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,13 @@ def read_rows(out: Path, settings: dict, repair: bool = True) -> list[dict]:
         if not is_result(row):
             raise ValueError(f"{path} line {number} is not a result of this program; "
                              "choose another --out")
-        if row["settings"] != settings:
+        if differ := [name for name in row["settings"] | settings
+                      if row["settings"].get(name) != settings.get(name)]:
+            there, here = ({name: facts.get(name) for name in differ}
+                           for facts in (row["settings"], settings))
             raise ValueError(f"{path} holds results with other settings "
-                             f"({json.dumps(row['settings'])[:300]}); choose another --out")
+                             f"({json.dumps(there):.300} there, {json.dumps(here):.300} here); "
+                             "choose another --out")
         rows[cell_of(row)] = row
     if cut_off and repair:
         path.write_text("".join(line + "\n" for line in lines))

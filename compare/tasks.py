@@ -194,7 +194,9 @@ def items(task: str, folder: Path) -> list[Item]:
         added = [{"label": label} for label in piqa_labels(path, len(lines))]
     for k, (line, more) in enumerate(zip(lines, added, strict=True), 1):
         try:
-            asked.append(TASKS[task].item(json.loads(line) | more))
+            item = TASKS[task].item(json.loads(line) | more)
+            "".join(item.contexts + item.continuations).encode()  # no halves of characters
+            asked.append(item)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError,
                 RecursionError) as error:
             raise ValueError(f"{path} line {k} is not a {task} question "

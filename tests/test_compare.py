@@ -464,7 +464,8 @@ def test_compare_refuses_a_file_of_results_that_it_did_not_write(ckpt, text_file
 @pytest.mark.parametrize("wrong, message", [
     (["--methods", "nonsense"], "unknown method nonsense"), (["--ratios", "2"], "between 0 and 1"),
     (["--seeds", "0"], "--seeds and --trials must be at least 1"),
-    (["--also", "nothing.txt"], "no such file")])
+    (["--also", "nothing.txt"], "nothing.txt: no such file"),
+    (["--save", __file__], "is not a folder")])
 def test_compare_refuses_in_one_line(ckpt, text_file, cli, wrong, message, tmp_path):
     code, _, err = cli(harness.main, "--ckpt", ckpt, "--data", text_file, "--samples", 4,
                        "--length", 32, "--out", tmp_path / "out", *wrong)
@@ -487,3 +488,4 @@ def test_compare_does_not_mix_results_of_other_settings(ckpt, text_file, cli, tm
     assert cli(harness.main, *run, "--samples", 4)[0] == 0
     code, _, err = cli(harness.main, *run, "--samples", 5)
     assert code == 2 and "other settings" in err
+    assert '{"samples": 4' in err and '{"samples": 5' in err and "trials" not in err

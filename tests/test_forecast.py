@@ -84,6 +84,11 @@ def test_several_processes_share_the_streams(ckpt, cli, monkeypatch):
         assert part in told
 
 
+def test_a_dry_run_without_its_text_is_refused(ckpt, cli):
+    code, _, err = cli(flatten.main, "--ckpt", ckpt, "--data", "nothing.txt", "--dry-run")
+    assert code == 2 and "nothing.txt: no such file" in err and err.count("\n") == 1
+
+
 def test_a_dry_run_that_only_flattens_removes_no_parameter(ckpt, cli):
     code, told, _ = cli(flatten.main, "--ckpt", ckpt, "--keep-wide", "--dry-run")
     before, after = told.split(" blocks, ")[1].split(" parameters")[0].split(" -> ")

@@ -297,14 +297,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(train, tmp_path, mo
         return draw(*args)
     monkeypatch.setattr(beyond.recover, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(beyond.recover, "draw", killed)
-    assert train("--lora")[0] == 2
+    code, _, err = train("--lora")
+    assert code == 2 and "loop.safetensors has the run up to its last save" in err
     left[0] = 1  # one step is left, so a run from the start would be killed again
     code, out, _ = train("--lora")
     assert code == 0 and cells(out) == expected
 
 
-def test_what_was_trained_is_never_replaced(train, tmp_path):
+def test_what_was_trained_is_never_replaced(train, tmp_path, monkeypatch):
     train()
+    monkeypatch.setattr(beyond.recursion, "load", None)  # told before the model is loaded
     path = tmp_path / "new" / "loop.safetensors"
     before = path.read_bytes()
     other = tiny.checkpoint(tmp_path / "other", seed=7)
@@ -319,6 +321,12 @@ def test_what_was_trained_is_never_replaced(train, tmp_path):
     assert "choose another --out, or delete it if a run has left it" in err
 
 
+def test_rows_that_cannot_be_written_are_told_before_training(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(beyond.recover, "train", None)
+    code, _, err = train("--rows", tmp_path)
+    assert code == 2 and "Is a directory" in err and err.count("\n") == 1
+
+
 def test_a_second_run_into_one_file_is_refused_as_long_as_the_first_lives(train, tmp_path):
     with beyond.recover.alone(tmp_path / "new" / "loop.safetensors"):
         code, _, err = train()
@@ -328,7 +336,7 @@ def test_a_second_run_into_one_file_is_refused_as_long_as_the_first_lives(train,
 
 @pytest.mark.parametrize("options, words", [
     ((), "required: --window"), (("--window", "3-9"), "blocks 0-4"),
-    (("--window", "0-5", "3-4"), "blocks 0-4"), (("--window", "3-1"), "expected first-last"),
+    (("--window", "0-5", "3-4"), "blocks 0-4"), (("--window", "3-1"), "--window of FIRST"),
     (("--window", "1-2", "--times", 0), "at least 1"),
     (("--window", "1-2", "--max-windows", 0), "at least one window"),
     (("--window", "1-2", "--length", 1), "at least 2 tokens")])

@@ -258,11 +258,13 @@ def test_texts_take_turns_and_a_seed_decides_all():
     ('[{"instruction": "a", "input": null, "output": "b"}]', "list of objects"),
     ('[{"instruction": "\\ud800", "output": "b"}]', "list of objects"),
     ('[{"output": "x"}]', "KeyError: 'instruction'"),
+    ('[{"instruction": "a", "output": "b"}, {}]', "row 2: KeyError"),
     ('[{"instruction": "a", "output": "b"}]', "0 instructions whose questions are shorter")])
 def test_a_json_file_of_another_form_is_refused(content, words, small, tmp_path):
-    (tmp_path / "x.json").write_text(content)
-    code, _, err = small("--data", tmp_path / "x.json")
-    assert code == 2 and words in err and err.count("\n") == 1
+    for name in ("x.json", "X.JSON", "x.jsonl"):
+        (tmp_path / name).write_text(content)
+        code, _, err = small("--data", tmp_path / name)
+        assert code == 2 and words in err and err.count("\n") == 1
 
 
 # ---- runs
@@ -333,7 +335,8 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     assert small("--seed", 1, out="other")[0] == 0
     assert weights(tmp_path / "other") != weights(tmp_path / "one")
     code, _, err = killed(monkeypatch, 3, small)
-    assert code == 2 and err.endswith("error: interrupted\n") and "--resume goes on there" in err
+    assert code == 2 and err.endswith("error: interrupted\n")
+    assert "killed.unfinished has the run up to its last save" in err
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.unfinished").is_file()
     code, _, err = small(out="killed")
     assert code == 2 and "--resume" in err
@@ -392,7 +395,7 @@ def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     facts = json.loads(meta["facts"])
     for wrong in ([], {}, facts | {"steps": 99}, facts | {"steps": -3}, facts | {"dense": "x"},
-                  facts | {"held_out": [3]}):
+                  facts | {"held_out": [3]}, facts | {"steps": 4.0}):
         save_file(tensors, path, meta | {"facts": json.dumps(wrong)})
         code, _, err = small("--resume", out="killed")
         assert code == 2 and "cannot be read" in err and err.count("\n") == 1

@@ -290,7 +290,9 @@ def test_mistakes_are_one_line(options, message, tmp_path, ckpt, cli):
 
 @pytest.mark.parametrize("task", ROWS)
 def test_a_malformed_question_is_named_by_file_and_line(task, tmp_path):
-    for broken in ({}, dict.fromkeys(ROWS[task]), {key: [1] for key in ROWS[task]}):
+    halves = {key: value + "\ud800" if isinstance(value, str) else value
+              for key, value in ROWS[task].items()}
+    for broken in ({}, dict.fromkeys(ROWS[task]), {key: [1] for key in ROWS[task]}, halves):
         path = write(tmp_path, task, [ROWS[task], broken])
         with pytest.raises(ValueError, match=f"{path.name} line 2 is not a {task} question"):
             items(task, tmp_path)

@@ -38,7 +38,7 @@ def calibration_text(data: str | None, python: int = 500_000) -> tuple[str, str]
     """
     if data == PYTHON:
         return stdlib.text(evaluation=False, characters=python), "Python's library"
-    path = source(data)
+    path = find(data)
     if path.is_dir() or zipfile.is_zipfile(path):
         for split, name in (("train", "train"), ("valid", "validation")):
             if (raw := read_split(path, split)) is not None:
@@ -62,7 +62,7 @@ def held_out_text(texts: list[str] | None) -> tuple[str, str]:
     if data == SELF:
         raise ValueError("--data self: text that a model writes itself cannot judge it; name "
                          "another text, too")
-    path = source(data) if data != PYTHON else None
+    path = find(data) if data != PYTHON else None
     if path is None or path.is_dir() or zipfile.is_zipfile(path):
         return evaluation_text(data)
     text = plain_text(path, read(path))
@@ -73,7 +73,7 @@ def evaluation_text(data: str | None) -> tuple[str, str]:
     """Read a text to evaluate on: WikiText-2's test split from a folder or zip, or a whole file."""
     if data == PYTHON:
         return stdlib.text(evaluation=True), "Python's library, held-out modules"
-    path = source(data)
+    path = find(data)
     if path.is_dir() or zipfile.is_zipfile(path):
         if (raw := read_split(path, "test")) is None:
             raise ValueError(f"{path} holds no wiki.test.raw")
@@ -160,14 +160,14 @@ def read_split(path: Path, split: str) -> bytes | None:
     return None
 
 
-def source(data: str | None) -> Path:
+def find(data: str | None) -> Path:
     """Find the folder, file or zip to read. Without `data` it is the zip in the cache.
 
     That is downloaded if it is not there yet.
     """
     if data is not None:
         if not Path(data).exists():
-            raise ValueError(f"--data {data}: no such file or folder; expected a folder with "
+            raise ValueError(f"{data}: no such file or folder; expected a folder with "
                              f"wiki.*.raw, a text file, or {ZIP_NAME}")
         return Path(data)
     path = cache_folder() / ZIP_NAME
