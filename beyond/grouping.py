@@ -54,7 +54,7 @@ def candidates(damage: Damage, L: int, size: int, merges: int) -> list[tuple[int
 
 def damages(source, tokens: Tensor, runner: Runner,
             halves: Callable[[Tensor], tuple[Callable, Callable]], merges: int,
-            largest: int = LARGEST) -> Damage:
+            needs: dict[str, int], largest: int = LARGEST) -> Damage:
     """Merge each of the `candidates` alone, and measure how far the model's predictions move.
 
     halves(dense) makes the two halves of a merge (see flatten.merge_groups) from the dense stream
@@ -62,7 +62,8 @@ def damages(source, tokens: Tensor, runner: Runner,
     one in L of the others. Together this takes less than three passes of all windows, however deep
     the model, if there are more windows than blocks. For each size of group every block is read
     once, and serves all trials: their streams, of the judging windows, pass through it together.
-    They take about as much memory as the stream of all windows.
+    They take about as much memory as the stream of all windows; `needs` says what a merge of all
+    windows takes, and so where they live (see Runner.home).
     """
     L, outer, damage = source.config.num_hidden_layers, source.outer(), {}
     for_build, for_judge = split(tokens, L)
@@ -70,7 +71,7 @@ def damages(source, tokens: Tensor, runner: Runner,
     for size in range(2, largest + 1):
         trials = {}  # (first, last) -> the stream of the model with that merge
         chosen = candidates(damage, L, size, merges)
-        build, judge = (embed(outer, parallel.share(part), runner.dtype)
+        build, judge = (runner.home(embed(outer, parallel.share(part), runner.dtype), needs)
                         for part in (for_build, for_judge))
         near = {}    # the block at hand and the next ones, as many as a group has
         for k in progress(range(L), f"try merges of {size}: blocks", L):

@@ -556,15 +556,16 @@ def main() -> None:
         tokens, name = read_tokens(source.path, args)            # (N, T)
         runner = start_runner(source, args, name)
         S = measure(source, tokens, runner).S                    # (L, L)
+        mine = parallel.share(tokens)                            # all, in one process
         if by_damage:
             def trial(dense: Tensor) -> tuple[Callable, Callable]:
                 fit = Fit(dense, runner, args.ridge, QUICK)
                 return fit.attention, fit.mlp
-            damage = damages(source, tokens, runner, trial, merges, args.max_group)
+            needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, args.max_group)
+            damage = damages(source, tokens, runner, trial, merges, needs, args.max_group)
             groups = least_damage(damage, len(S), merges)
         else:
             groups = select_groups(S, merges, args.max_group or len(S))
-        mine = parallel.share(tokens)                            # all, in one process
         needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, max(map(len, groups)))
         xs = embed(source.outer(), mine, runner.dtype)           # (N, T, C), enters block 0
         xs = runner.home(xs, needs)

@@ -2,8 +2,8 @@
 import torch
 from torch import Tensor
 
-from beyond.grouping import damages, least_damage
-from beyond.refit import QUICK, Fit, refit_groups
+from beyond.grouping import LARGEST, damages, least_damage
+from beyond.refit import QUICK, Fit, fitting, refit_groups
 from beyond.regression import RIDGE
 from compare.network import Calibration, Network
 from flatten import flatten_blocks, keep_wide, merge_groups, mergeable, paper, select_groups
@@ -63,7 +63,8 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
         fit = Fit(dense, text.runner, ridge, QUICK, first_only)
         return fit.attention, fit.mlp
     if by_damage:
-        damage = damages(network, text.tokens, text.runner, trial, n)
+        needs = fitting(network.config, *text.tokens.shape, text.runner.dtype.itemsize, LARGEST)
+        damage = damages(network, text.tokens, text.runner, trial, n, needs)
         groups = least_damage(damage, len(network.blocks), n)
         text.passes += 3
     else:

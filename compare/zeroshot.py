@@ -18,7 +18,7 @@ import console
 import parallel
 from checkpoint.reader import Checkpoint
 from compare.tasks import FIVE, TASKS, Item, items
-from console import progress
+from console import forecast, progress
 from console.options import add_device_options, compute_dtype
 from evaluate import readout
 from model import Runner, check_finite, embed
@@ -81,7 +81,7 @@ def log_likelihoods(source: Checkpoint, pairs: list[tuple[list[int], list[int]]]
     longest, outer = source.config.max_position_embeddings or 2048, source.outer()
     texts = [(context + continuation)[-longest - 1:] for context, continuation in pairs]
     inputs = [text[:-1] for text in texts]                   # after the last id nothing is asked
-    scores = torch.zeros(len(pairs))
+    scores = torch.zeros(len(pairs), device=device)
     parts = parts_of([len(text) for text in texts])
     for number, part in enumerate(parts, 1):
         # Texts run together if their lengths, rounded up to a multiple of 16, are equal. The end of
@@ -91,8 +91,10 @@ def log_likelihoods(source: Checkpoint, pairs: list[tuple[list[int], list[int]]]
             T = min((len(inputs[r]) + 15) // 16 * 16, longest)
             batches.setdefault(T, []).append(r)
         runners = {T: Runner(source.config, T, device, dtype) for T in batches}
-        streams = {T: embed(outer, padded([inputs[r] for r in batch], T), dtype)
-                   for T, batch in batches.items()}
+        tokens = sum(T * len(batch) for T, batch in batches.items())
+        needs = forecast.evaluating(source.config, tokens // 16, 16, dtype.itemsize)
+        streams = {T: runners[T].home(embed(outer, padded([inputs[r] for r in batch], T), dtype),
+                                      needs) for T, batch in batches.items()}
         any_runner, L = next(iter(runners.values())), source.config.num_hidden_layers
         for i in progress(range(L), f"part {number} of {len(parts)}: blocks", L):
             block = any_runner.block(source.block(i))
@@ -107,9 +109,9 @@ def log_likelihoods(source: Checkpoint, pairs: list[tuple[list[int], list[int]]]
                                      "this tokenizer cannot be scored on it")
                 start = end - min(len(pairs[r][1]), end)     # states that predict the continuation
                 logits = logits_of(states[start:end].to(device)).float()
-                targets = torch.tensor(texts[r][start + 1:], device=logits.device)
+                targets = torch.tensor(texts[r][start + 1:]).to(logits.device)
                 scores[r] = -F.cross_entropy(logits, targets, reduction="sum")
-    return scores
+    return scores.cpu()  # once: the device need not stop for each text
 
 
 def by_question(questions: list[Item], values: Tensor) -> list[Tensor]:

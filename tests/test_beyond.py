@@ -508,7 +508,7 @@ def test_damage_is_that_of_the_model_with_one_merge():
             assert torch.equal(xs, dense)
             return members[0], {}
         return attention, lambda block, xs: (block, {})
-    damage = grouping.damages(source, tokens, run, first_member, 2)
+    damage = grouping.damages(source, tokens, run, first_member, 2, {})
     assert damage.pop((1, 2)) == 0 and all(value > 0 for value in damage.values())
     triple = (0, 2) if damage[0, 1] < damage[2, 3] else (1, 3)  # whose other pair did less damage
     assert damage.keys() == {(0, 1), (2, 3), triple}
