@@ -1,119 +1,42 @@
-"""What a run moves to a device and back, and how often it waits, on a device that is played.
-
-No GPU is needed. A tensor on the played device holds an ordinary one, and says that it is on the
-device "meta". It refuses to meet tensors of the CPU, as on a GPU. Every copy between the two is
-counted, and every number that the CPU reads.
-"""
+"""What a run moves to a device and back, and how often it waits: see compare/copies.py."""
 import contextlib
 
 import pytest
 import tiny
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from beyond.grouping import damages
-from beyond.refit import QUICK, Fit, refit_groups
-from calibrate import measure
+from beyond.refit import QUICK, Fit
 from checkpoint.reader import Checkpoint
+from compare import copies
 from compare.zeroshot import log_likelihoods
 from console import forecast
-from evaluate import losses_streamed
-from flatten import merge_groups, paper
-from model import Runner, embed
+from model import Runner
 
-aten = torch.ops.aten
-READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default,
-         aten.equal.default}
-INDEXED = {aten.index.Tensor, aten.index_put_.default}  # indices may be on the CPU
 GROUPS = [[0], [1, 2], [3, 4]]
-
-
-class There(torch.Tensor):
-    """A tensor on the played device; `held` is the ordinary one."""
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, held: torch.Tensor) -> "There":
-        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(),
-                                                   dtype=held.dtype, device="meta")
-        made.held = held
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        raise AssertionError(f"{operation} when the device is not played any more")
-
-
-class Played(TorchDispatchMode):
-    """The device. Keeps the bytes of each copy there and back, and counts the numbers read."""
-
-    def __init__(self):
-        super().__init__()
-        self.there, self.back, self.reads = [], [], 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        everything = tree_flatten((args, kwargs))[0]
-        values = [x for x in everything if isinstance(x, torch.Tensor)]
-        places = {isinstance(x, There) for x in values if isinstance(x, There) or x.dim()}
-        assert all(isinstance(x, There) or x.is_cpu for x in values), f"{operation} of no numbers"
-        devices = [x for x in everything if isinstance(x, torch.device)]
-        on = devices[0].type == "meta" if devices else True in places
-        if operation in READS:
-            self.reads += on
-        elif operation in INDEXED:
-            on = isinstance(values[0], There)
-        elif operation is aten.copy_.default or (devices and values):
-            on = on if devices else isinstance(values[0], There)
-            if isinstance(values[-1], There) != on:
-                (self.there if on else self.back).append(values[-1].nbytes)
-                args = tree_map(lambda x: ordinary(x).clone() if x is values[-1] else x, args)
-        else:
-            assert len(places) < 2, f"{operation} of tensors of two devices"
-        kwargs = kwargs or {}
-        out = operation(*tree_map(ordinary, args), **tree_map(ordinary, kwargs))
-        if outs := tuple(kwargs[each.name] for each in operation._schema.arguments if each.is_out):
-            return outs[0] if len(outs) == 1 else outs
-        if operation._schema.is_mutable:  # in place
-            return args[0]
-        return tree_map(lambda x: There(x) if on and isinstance(x, torch.Tensor) else x, out)
-
-
-def ordinary(x):
-    """Return the tensor behind one of the device, and the CPU in place of the device."""
-    if isinstance(x, torch.device):
-        return torch.device("cpu")
-    return x.held if isinstance(x, There) else x
 
 
 def work(ckpt, device: str, method: str, windows: int) -> list[torch.Tensor]:
     """Do one part of a run in float64, on windows of 16 tokens. Returns what comes out of it."""
     source = Checkpoint(ckpt)
     tokens = torch.randint(3, 300, (windows, 16), generator=torch.Generator().manual_seed(0))
-    run = Runner(source.config, 16, device, torch.float64)
-    if method == "measure":
-        return list(vars(measure(source, tokens, run)).values())
-    if method == "evaluate":
-        return [losses_streamed(source, tokens, device, torch.float64)]
     if method == "choices":
         pairs = [(row[:12].tolist(), row[12:].tolist()) for row in tokens]
         return [log_likelihoods(source, pairs, device, torch.float64)]
     if method == "damage":
+        run, needs = Runner(source.config, 16, device, torch.float64), {"streams": windows * 4096}
+
         def trial(dense):
             fit = Fit(dense, run, 10.0, QUICK)
             return fit.attention, fit.mlp
-        needs = {"streams": tokens.numel() * 32 * 8}
         return [torch.tensor(list(damages(source, tokens, run, trial, 2, needs, 2).values()))]
-    xs = run.home(embed(source.outer(), tokens, run.dtype), {"streams": tokens.numel() * 32 * 8})
-    made = (merge_groups(source, GROUPS, xs, run, *paper(run, 10.0)) if method == "paper" else
-            refit_groups(source, GROUPS, xs, run))
-    return [tensor for block, _ in made for tensor in block.values()]
+    return copies.work(source, tokens, GROUPS, device, method, torch.float64)
 
 
-def played(*arguments) -> tuple[Played, list[torch.Tensor]]:
+def played(*arguments) -> tuple[copies.Played, list[torch.Tensor]]:
     """Do the work on the played device. Returns what it counted, and what came out."""
-    with torch.inference_mode(), Played() as device:
+    with torch.inference_mode(), copies.Played() as device:
         return device, work(*arguments)
 
 
@@ -192,3 +115,13 @@ def test_a_gpu_copies_the_next_batch_while_it_works_on_one(monkeypatch):
         events.append(f"work {rows.start}-{rows.stop}")
     assert events == ["fetch 0-2", "arrived", "hold 0-2", "fetch 2-4", "work 0-2",
                       "arrived", "hold 2-4", "work 2-4", "done"]
+
+
+def test_the_script_counts_each_block_once_in_its_own_dtype(ckpt, cli):
+    code, out, _ = cli(copies.main, "--ckpt", ckpt, "--samples", 2, "--length", 16)
+    rows = [[word.strip() for word in line.split("|")[1:-1]] for line in out.splitlines()[4:]]
+    assert code == 0 and [row[:2] for row in rows] == [
+        [method, place] for method in copies.WORK for place in ("there", "on the host")]
+    assert {row[2] for row in rows} == {"5"}
+    for there, host in zip(rows[::2], rows[1::2], strict=True):
+        assert int(host[4].replace(",", "")) > int(there[4].replace(",", ""))
