@@ -5,6 +5,7 @@ All sizes are in bytes. `itemsize` is that of the dtype in which the run compute
 import contextlib
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -82,17 +83,24 @@ def pruning(config: Config, samples: int, length: int, itemsize: int, width: int
     return parts | {"statistics": 4 * n ** 2, "solve": solve}
 
 
-def group_memory(groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the bytes that the limit of a container still allows; infinity without one.
+def group_memory(groups: Path = Path("/sys/fs/cgroup"),
+                 own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the bytes that the limits of containers and jobs still allow; infinity without any.
 
-    Linux has them in files of a control group, version 2 or 1. What files are cached is not counted
-    as used, for that memory can be had.
+    Linux has them in files of control groups, version 2 or 1: of this process's own group and of
+    those above it. What files are cached is not counted as used, for that memory can be had.
     """
-    free = float("inf")
-    for name in ("memory.max", "memory.high", "memory/memory.limit_in_bytes"):
+    folders, free = {groups, groups / "memory"}, float("inf")
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kind, path = line.split(":", 2)
+            while kind in ("", "memory") and path.strip("/") and ".." not in path:
+                folders.add(groups / kind / path.strip("/"))
+                path = path.rpartition("/")[0]
+    for folder, name in product(folders, ("memory.max", "memory.high", "memory.limit_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
-            limit = int((groups / name).read_text())
-            stat = (groups / name).with_name("memory.stat").read_text().split()
+            limit = int((folder / name).read_text())
+            stat = (folder / "memory.stat").read_text().split()
             used = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
             free = min(free, limit - used.get("anon", used.get("total_rss", 0)))
     return max(free, 0)

@@ -111,12 +111,17 @@ def test_the_largest_group_is_what_the_memory_holds(monkeypatch):
     ({"memory.max": "1000", "memory.high": "max", "memory.stat": "anon 300\nfile 500"}, 700),
     ({"memory.max": "1000", "memory.high": "800", "memory.stat": "anon 300\nfile 500"}, 500),
     ({"memory.max": "1000", "memory.stat": "anon 1300"}, 0),
-    ({"memory/memory.limit_in_bytes": "1000", "memory/memory.stat": "rss 1\ntotal_rss 400"}, 600)])
+    ({"memory/memory.limit_in_bytes": "1000", "memory/memory.stat": "rss 1\ntotal_rss 400"}, 600),
+    ({"own": "0::/a/b", "a/memory.max": "1000", "a/memory.stat": "anon 300",
+      "a/b/memory.max": "900", "a/b/memory.stat": "anon 100"}, 700),
+    ({"own": "9:cpu:/a\n4:memory:/b/c", "a/memory.max": "9", "a/memory.stat": "anon 0",
+      "memory/b/c/memory.limit_in_bytes": "1000", "memory/b/c/memory.stat": "total_rss 400"}, 600),
+    ({"own": "0::/../a", "a/memory.max": "1000", "a/memory.stat": "anon 300"}, float("inf"))])
 def test_the_limit_of_a_container_is_respected(tmp_path, monkeypatch, files, free):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
-    assert forecast.group_memory(tmp_path) == free
+    assert forecast.group_memory(tmp_path, tmp_path / "own") == free
     monkeypatch.setattr(forecast, "group_memory", lambda: 640)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert forecast.free_memory("cpu") == 320
