@@ -140,7 +140,7 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
     try:
         for number, row in enumerate(json.loads(wikitext.read(file)), 1):  # noqa: B007
             question = question_of(row)
-            whole = question + str.strip(row["output"])
+            whole = question + row["output"].strip()
             whole.encode("utf-8")  # JSON can hold halves of characters
             asked = len(tokenizer.encode(question))
             ids = torch.tensor([*tokenizer.encode(whole), *stop[:1]][:length])
@@ -157,7 +157,7 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
 
 def question_of(row: dict[str, str]) -> str:
     """Word an instruction, and its input if there is one, as a question. TypeError if no text."""
-    asked, about = str.strip(row["instruction"]), str.strip(row.get("input", ""))
+    asked, about = row["instruction"].strip(), row.get("input", "").strip()
     middle = f"### Input:\n{about}\n\n" if about else ""
     return f"### Instruction:\n{asked}\n\n{middle}### Response:\n"
 
@@ -206,6 +206,13 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, li
 
 
 # ---- the state of a run, on disk
+
+def check_rows(rows: Path, out: Path) -> None:
+    """ValueError for a file of rows to which no line could be added."""
+    if rows.is_dir() or not rows.parent.is_dir() or rows.resolve() == out.resolve():
+        raise ValueError(f"--rows {rows}: expected a file, in a folder that exists, that is not "
+                         "the output")
+
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
@@ -265,20 +272,24 @@ def read_state(path: Path, run: dict, state: Weights) -> dict:
             written, facts = (json.loads(file.metadata()[name]) for name in ("run", "facts"))
             differ = [name for name in run | written
                       if run.get(name) != written.get(name) and name != "command"]
-            if differ:
-                raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the "
-                                 "same options, or delete it")
-            for name, tensor in state.items():
-                tensor.copy_(file.get_tensor(name))
-        losses = [facts.get("dense", 0.0), *(loss for _, loss in facts.get("held_out", []))]
-        if not (isinstance(facts["steps"], int) and 0 < facts["steps"] <= run["steps"]
-                and facts["tokens"] > 0 < facts["seconds"] and math.isfinite(sum(losses))):
+            for name, tensor in {} if differ else state.items():
+                new = file.get_tensor(name)
+                if new.shape != tensor.shape or not new.isfinite().all():
+                    raise KeyError(name)
+                tensor.copy_(new)
+        curve = facts.get("held_out", [[0, 0.0]])
+        numbers = [facts["seconds"], facts.get("dense", 0.0), *(n for pair in curve for n in pair)]
+        if not (curve and all(map(math.isfinite, numbers)) and type(facts["tokens"]) is int
+                and type(facts["steps"]) is int and 0 < facts["steps"] <= written["steps"]):
             raise KeyError("its facts")
-        return facts
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
-            json.JSONDecodeError) as error:
+            ValueError) as error:
         raise ValueError(f"{path} cannot be read as the state of a run ({error}); choose another "
                          "--out, or delete it if a run has left it") from None
+    if differ:
+        raise ValueError(f"{path} is of a run with another {', '.join(differ)}; give the same "
+                         "options, or delete it")
+    return facts
 
 
 # ---- training
@@ -392,8 +403,8 @@ def training_args(parser: argparse.ArgumentParser, rate: float | None) -> argpar
             or max(args.steps, args.batch * args.length) > MOST):
         raise ValueError("--steps and --batch must be at least 1, --length at least 2, and --steps "
                          f"and --batch times --length at most {MOST:,}")
-    if not (args.rate is None or 0 < args.rate < math.inf) or not 0 <= args.seed < 2**31:
-        raise ValueError("--rate must be positive, and --seed between 0 and 2^31")
+    if not (args.rate is None or 0 < args.rate <= 1) or not 0 <= args.seed < 2**31:
+        raise ValueError("--rate must be positive and at most 1, and --seed between 0 and 2^31")
     return args
 
 

@@ -116,11 +116,11 @@ def main() -> None:
     add("--beta", type=float, default=1.5, help="weight of a token made worse (default 1.5)")
     add("--lora", action="store_true", help="train a LoRA of all blocks, too")
     add("--no-connector", action="store_true", help="start a pass from the end of the one before")
-    add("--rows", default=os.devnull, help="append the result to this file as a JSON line")
+    add("--rows", type=Path, default=os.devnull, help="append the result to this file, as JSON")
     args = recover.training_args(parser, 1e-3)
     args.judge = args.passes if args.judge is None else args.judge
     if min(args.passes, args.judge, args.beta) < 1 or not math.isfinite(args.beta):
-        raise ValueError("--passes, --judge and --beta must be at least 1")
+        raise ValueError("--passes, --judge and --beta must be at least 1, and no infinity")
     if not args.lora and (args.no_connector or args.passes == 1):
         raise ValueError("nothing to train: connectors serve the second pass and later ones; give "
                          "--lora, or --passes 2 without --no-connector")
@@ -128,6 +128,7 @@ def main() -> None:
         raise ValueError("--data: a loop learns from plain text, not from JSON")
     source = Checkpoint(args.ckpt)
     out = args.out or Path("out") / f"{source.name}-loop.safetensors"
+    recover.check_rows(args.rows, out)
     text, name = held_out_text(args.data)
     windows = windows_of(load_tokenizer(source.path).encode(text), args.length, args.max_windows)
     texts, _, about = recover.read_lessons(args, source)

@@ -210,8 +210,6 @@ def parse_args() -> argparse.Namespace:
     unknown = [name for name in args.methods if name not in METHODS]
     if unknown:
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    if args.save and args.save.exists() and not args.save.is_dir():
-        raise ValueError(f"--save {args.save} is not a folder; choose another name")
     if args.seeds < 1 or args.windows < 0 or args.trials < 1:
         raise ValueError("--seeds and --trials must be at least 1, and --windows at least 0")
     if args.seed is not None:

@@ -28,7 +28,7 @@ def question(context: str, choices: list[str], gold: int) -> Item:
     if not isinstance(choices, list) or not all(isinstance(text, str) and text.strip()
                                                 for text in [context, *choices]):
         raise ValueError("expected a question and choices that are texts and not empty")
-    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+    if len(choices) < 2 or type(gold) is not int or not 0 <= gold < len(choices):
         raise ValueError(f"the right answer is number {gold!r} of {len(choices)}")
     return Item([context] * len(choices), [" " + choice for choice in choices],
                 [len(choice) for choice in choices], gold)
@@ -41,18 +41,18 @@ def number(value: str | int) -> int:
 
 def piqa(row: dict) -> Item:
     """Read goal, sol1, sol2 and label; the published labels are in a file of their own."""
-    return question(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]],
+    return question("Question: " + row["goal"] + "\nAnswer:", [row["sol1"], row["sol2"]],
                     number(row["label"]))
 
 
 def winogrande(row: dict) -> Item:
     """Fill the blank of the sentence with each option; what follows the blank is scored."""
     before, after = row["sentence"].split("_")
-    if not after.strip():
-        raise ValueError("nothing follows the blank")
+    if not (after.strip() and row["option1"].strip() and row["option2"].strip()):
+        raise ValueError("an option is empty, or nothing follows the blank")
     contexts = [before + row["option1"], before + row["option2"]]
     return Item(contexts, [" " + after.strip()] * 2, [len(context) for context in contexts],
-                ("1", "2").index(row["answer"]))
+                {"1": 0, "2": 1}[row["answer"]])
 
 
 def clean(text: str) -> str:
@@ -91,7 +91,10 @@ def science(row: dict, wording: str) -> Item:
     else:
         texts = [choice["text"] for choice in choices]
         labels = [choice["label"] for choice in choices]
-    gold = [str(label) for label in labels].index(str(row["answerKey"]).strip())
+    labels = [str(label) for label in labels]
+    if len(set(labels)) < len(labels):
+        raise ValueError("two choices have one label")
+    gold = labels.index(str(row["answerKey"]).strip())
     return question(wording.format(stem), list(texts), gold)
 
 
@@ -108,8 +111,8 @@ def openbookqa(row: dict) -> Item:
 def boolq(row: dict) -> Item:
     """Read passage, question and answer (or label): yes or no."""
     answer = str(row["answer"] if "answer" in row else row["label"]).lower()
-    if not isinstance(row["passage"], str) or not isinstance(row["question"], str):
-        raise ValueError("passage and question must be texts")
+    if not (row["passage"].strip() and row["question"].strip()):
+        raise ValueError("passage or question is empty")
     return question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"],
                     {"false": 0, "true": 1, "0": 0, "1": 1}[answer])
 
@@ -188,11 +191,12 @@ def piqa_labels(path: Path, count: int) -> list[str]:
 def items(task: str, folder: Path) -> list[Item]:
     """Read all items of a task. ValueError names the file and line that is not as published."""
     path, asked = find(task, folder), []
-    lines = [line for line in read(path).decode("utf-8").split("\n") if line.strip()]
+    lines = [(k, line) for k, line in enumerate(read(path).decode("utf-8").split("\n"), 1)
+             if line.strip()]
     added = [{}] * len(lines)                                # what a line lacks
-    if task == "piqa" and not all('"label"' in line for line in lines):
+    if task == "piqa" and not all('"label"' in line for _, line in lines):
         added = [{"label": label} for label in piqa_labels(path, len(lines))]
-    for k, (line, more) in enumerate(zip(lines, added, strict=True), 1):
+    for (k, line), more in zip(lines, added, strict=True):
         try:
             item = TASKS[task].item(json.loads(line) | more)
             "".join(item.contexts + item.continuations).encode()  # no halves of characters

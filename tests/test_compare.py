@@ -465,7 +465,7 @@ def test_compare_refuses_a_file_of_results_that_it_did_not_write(ckpt, text_file
     (["--methods", "nonsense"], "unknown method nonsense"), (["--ratios", "2"], "between 0 and 1"),
     (["--seeds", "0"], "--seeds and --trials must be at least 1"),
     (["--also", "nothing.txt"], "nothing.txt: no such file"),
-    (["--save", __file__], "is not a folder")])
+    (["--save", __file__], "is not a folder"), (["--save", f"{__file__}/x/y"], "is not a folder")])
 def test_compare_refuses_in_one_line(ckpt, text_file, cli, wrong, message, tmp_path):
     code, _, err = cli(harness.main, "--ckpt", ckpt, "--data", text_file, "--samples", 4,
                        "--length", 32, "--out", tmp_path / "out", *wrong)

@@ -321,10 +321,13 @@ def test_what_was_trained_is_never_replaced(train, tmp_path, monkeypatch):
     assert "choose another --out, or delete it if a run has left it" in err
 
 
-def test_rows_that_cannot_be_written_are_told_before_training(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(beyond.recover, "train", None)
-    code, _, err = train("--rows", tmp_path)
-    assert code == 2 and "Is a directory" in err and err.count("\n") == 1
+def test_rows_that_cannot_be_written_are_told_before_loading(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(beyond.recursion, "load", None)
+    for rows in (tmp_path, tmp_path / "none" / "rows", tmp_path / "new" / "loop.safetensors"):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        code, _, err = train("--rows", rows)
+        assert code == 2 and f"error: --rows {rows}: expected" in err and err.count("\n") == 1
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_second_run_into_one_file_is_refused_as_long_as_the_first_lives(train, tmp_path):

@@ -1,5 +1,6 @@
 """Recovery: its losses, LoRA, and runs that can be repeated, killed and resumed."""
 import json
+import math
 import weakref
 from pathlib import Path
 
@@ -395,13 +396,28 @@ def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     facts = json.loads(meta["facts"])
     for wrong in ([], {}, facts | {"steps": 99}, facts | {"steps": -3}, facts | {"dense": "x"},
-                  facts | {"held_out": [3]}, facts | {"steps": 4.0}):
+                  facts | {"held_out": [3]}, facts | {"steps": 4.0}, facts | {"steps": True},
+                  facts | {"held_out": []}, facts | {"held_out": "abc"}, facts | {"tokens": 0.5},
+                  facts | {"seconds": math.inf}, facts | {"held_out": [["x", 2.0]]}):
         save_file(tensors, path, meta | {"facts": json.dumps(wrong)})
         code, _, err = small("--resume", out="killed")
         assert code == 2 and "cannot be read" in err and err.count("\n") == 1
+    name, tensor = next((name, t) for name, t in tensors.items() if t.dim() == 2)
+    for wrong in (tensor * math.nan, tensor[:, :1].clone()):
+        save_file(tensors | {name: wrong}, path, meta)
+        code, _, err = small("--resume", out="killed")
+        assert code == 2 and f"({name!r})" in err and err.count("\n") == 1
     path.write_bytes(good)
     code, _, err = small("--resume", "--ckpt", f"{tmp_path}/./small/", out="killed")
     assert code == 0, err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(beyond.recover, "lesson", lambda *args, **more: torch.tensor(
+        math.inf, requires_grad=True) * lesson(*args, **more))
+    code, _, err = small()
+    assert code == 2 and "the loss of step 0 is not finite" in err and err.count("\n") == 1
+    assert not (tmp_path / "recovered").exists()
 
 
 def test_a_second_run_into_one_output_is_refused_as_long_as_the_first_lives(small, tmp_path):
@@ -509,7 +525,7 @@ def test_a_teacher_is_not_overwritten_and_wide_blocks_are_refused(ckpt, tmp_path
     (["--batch", "100000000000"], "at most"), (["--steps", "1000000000000"], "at most"),
     (["--rate", "nan"], "--rate must be positive"),
     (["--length", "100000"], "fewer than twenty windows"),
-    (["--rate", "1e30", "--full"], "is not finite"),
+    (["--rate", "1e38"], "--rate must be positive and at most 1"),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_mistakes_are_one_line_and_leave_nothing(small, tmp_path, options, words):
     code, _, err = small(*options)

@@ -292,10 +292,21 @@ def test_mistakes_are_one_line(options, message, tmp_path, ckpt, cli):
 def test_a_malformed_question_is_named_by_file_and_line(task, tmp_path):
     halves = {key: value + "\ud800" if isinstance(value, str) else value
               for key, value in ROWS[task].items()}
-    for broken in ({}, dict.fromkeys(ROWS[task]), {key: [1] for key in ROWS[task]}, halves):
+    for broken in ([], {}, dict.fromkeys(ROWS[task]), dict.fromkeys(ROWS[task], " "),
+                   {key: [1] for key in ROWS[task]}, halves):
         path = write(tmp_path, task, [ROWS[task], broken])
         with pytest.raises(ValueError, match=f"{path.name} line 2 is not a {task} question"):
             items(task, tmp_path)
+
+
+def test_lines_are_counted_as_in_the_file_and_choices_are_told_apart(tmp_path):
+    path = write(tmp_path, "arc_easy", [])
+    for labels in (["A"], ["A", "A"]):
+        choices = {"text": ["ice", "fire"][:len(labels)], "label": labels}
+        row = json.dumps({"question": "Hot is", "choices": choices, "answerKey": "A"})
+        path.write_text(f"\n{json.dumps(ROWS['arc_easy'])}\n\n{row}\n")
+        with pytest.raises(ValueError, match="line 4 is not a"):
+            items("arc_easy", tmp_path)
 
 
 def test_evaluate_names_the_command_to_which_tasks_moved(ckpt, tmp_path, cli):

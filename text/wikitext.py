@@ -210,7 +210,9 @@ def complete(path: Path) -> Iterator[IO[bytes]]:
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         with open(partial, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
             yield file
+        partial.chmod(mode)  # safetensors may have put a file of its own there, for its owner only
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
