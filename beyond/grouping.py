@@ -62,8 +62,8 @@ def damages(source, tokens: Tensor, runner: Runner,
     one in L of the others. Together this takes less than three passes of all windows, however deep
     the model, if there are more windows than blocks. For each size of group every block is read
     once, and serves all trials: their streams, of the judging windows, pass through it together.
-    They take about as much memory as the stream of all windows; `needs` says what a merge of all
-    windows takes, and so where they live (see Runner.home).
+    They take about as much memory as the stream of all windows. `needs` is the memory of a merge of
+    all windows, by which Runner.home places them.
     """
     L, outer, damage = source.config.num_hidden_layers, source.outer(), {}
     for_build, for_judge = split(tokens, L)
@@ -81,7 +81,7 @@ def damages(source, tokens: Tensor, runner: Runner,
                 trial = merge_groups(SimpleNamespace(block=near.get), [sorted(near)],
                                      build.clone(), runner, *halves(build.clone()))
                 merged, _ = next(trial)
-                trials[k, k + size - 1] = judge.clone()
+                trials[k, k + size - 1] = runner.home(judge.clone(), needs)
                 runner.run_block(merged, trials[k, k + size - 1])
             runner.run_block(near[k], build, judge, *passing)
         for (i, j), ys in trials.items():

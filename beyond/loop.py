@@ -69,8 +69,8 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     L = source.config.num_hidden_layers
     if min(args.times) < 1 or not all(first <= last < L for first, last in args.window):
-        raise ValueError(f"expected --window of FIRST-LAST in blocks 0-{L - 1} and --times of at "
-                         f"least 1; got {args.window} and {args.times}")
+        raise ValueError(f"--window: expected FIRST-LAST, in blocks 0-{L - 1}, and --times of at "
+                         "least 1")
     text, name = evaluation_text(args.data)
     windows = windows_of(load_tokenizer(source.path).encode(text), args.length, args.max_windows)
     net = load(source.path, args.device, compute_dtype(args.dtype, args.device, source.dtype))

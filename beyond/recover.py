@@ -136,9 +136,10 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
             raise ValueError(f"{name} has {len(ids)} tokens, fewer than twenty windows of "
                              f"--length {length}, of which one judges; give a longer text")
         return ids, name
-    file, texts, number = wikitext.find(path), [], 0
+    file, texts, where = wikitext.find(path), [], ""
     try:
-        for number, row in enumerate(json.loads(wikitext.read(file)), 1):  # noqa: B007
+        for row in json.loads(wikitext.read(file)):
+            where = f"{json.dumps(row)[:60]}: "
             question = question_of(row)
             whole = question + row["output"].strip()
             whole.encode("utf-8")  # JSON can hold halves of characters
@@ -146,9 +147,8 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
             ids = torch.tensor([*tokenizer.encode(whole), *stop[:1]][:length])
             texts += [(ids, asked)] if asked < len(ids) else []
     except (TypeError, KeyError, AttributeError, RecursionError, ValueError) as error:
-        where = f"row {number}: " if number else ""
-        raise ValueError(f"{path}: expected a list of objects with the texts instruction, input "
-                         f"and output ({where}{type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: expected one JSON list of objects with the texts instruction, "
+                         f"input and output ({where}{type(error).__name__}: {error})") from None
     if len(texts) < 20:
         raise ValueError(f"{path} has {len(texts)} instructions whose questions are shorter than "
                          f"--length {length}, and at least 20 are needed, of which one judges")
@@ -156,7 +156,10 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
 
 
 def question_of(row: dict[str, str]) -> str:
-    """Word an instruction, and its input if there is one, as a question. TypeError if no text."""
+    """Word an instruction, and its input if there is one, as a question.
+
+    KeyError, TypeError or AttributeError if they are not texts.
+    """
     asked, about = row["instruction"].strip(), row.get("input", "").strip()
     middle = f"### Input:\n{about}\n\n" if about else ""
     return f"### Instruction:\n{asked}\n\n{middle}### Response:\n"
@@ -207,29 +210,21 @@ def read_lessons(args: argparse.Namespace, source: Checkpoint) -> tuple[list, li
 
 # ---- the state of a run, on disk
 
-def check_rows(rows: Path, out: Path) -> None:
-    """ValueError for a file of rows to which no line could be added."""
-    if rows.is_dir() or not rows.parent.is_dir() or rows.resolve() == out.resolve():
-        raise ValueError(f"--rows {rows}: expected a file, in a folder that exists, that is not "
-                         "the output")
-
-
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keep others from writing the state of a run, and tell whoever interrupts it where that is.
+def alone(path: Path, hint: str) -> Iterator[None]:
+    """Keep others from writing the state of a run. ValueError if one that lives does so already.
 
-    ValueError if another run is writing there. The system takes the lock back when a process ends,
-    however it ends. Without the system's locks (Windows), nobody is kept away.
+    The system takes the lock back when a process ends, however it ends. An interruption tells where
+    the state is, and the hint.
     """
-    if parallel.rank():
+    if fcntl is None or parallel.rank():
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with open(lock, "w") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another run is writing {path}; let it end, or choose another "
                              "--out") from None
@@ -237,12 +232,10 @@ def alone(path: Path) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             if path.exists():
-                print(f"{path} has the run up to its last save; the same command goes on there "
-                      "(beyond.recover with --resume)", file=sys.stderr)
+                print(f"{path} has the run up to its last save; {hint}", file=sys.stderr)
             raise
         finally:
-            if fcntl:
-                lock.unlink()
+            lock.unlink()
 
 
 def save_state(path: Path, run: dict, facts: dict, state: Weights) -> None:
@@ -279,8 +272,10 @@ def read_state(path: Path, run: dict, state: Weights) -> dict:
                 tensor.copy_(new)
         curve = facts.get("held_out", [[0, 0.0]])
         numbers = [facts["seconds"], facts.get("dense", 0.0), *(n for pair in curve for n in pair)]
-        if not (curve and all(map(math.isfinite, numbers)) and type(facts["tokens"]) is int
-                and type(facts["steps"]) is int and 0 < facts["steps"] <= written["steps"]):
+        counts = [type(facts["steps"]), type(facts["tokens"]), *(len(pair) for pair in curve)]
+        if (counts != [int, int] + [2] * (len(curve) or 1) or not all(map(math.isfinite, numbers))
+                or not 0 < facts["steps"] <= written["steps"] or facts["tokens"] < 1
+                or facts["seconds"] < 0):
             raise KeyError("its facts")
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
             ValueError) as error:
@@ -404,7 +399,8 @@ def training_args(parser: argparse.ArgumentParser, rate: float | None) -> argpar
         raise ValueError("--steps and --batch must be at least 1, --length at least 2, and --steps "
                          f"and --batch times --length at most {MOST:,}")
     if not (args.rate is None or 0 < args.rate <= 1) or not 0 <= args.seed < 2**31:
-        raise ValueError("--rate must be positive and at most 1, and --seed between 0 and 2^31")
+        raise ValueError(f"--rate must be positive and at most 1, and --seed between 0 and 2^31; "
+                         f"got {args.rate} and {args.seed}")
     return args
 
 
@@ -467,7 +463,8 @@ def main() -> None:
     no_text = args.no_eval or is_json((args.data or [None])[0])
     judged = None if no_text else wikitext.held_out_text(args.data)
     unfinished = out.with_name(f"{out.name}.unfinished")
-    with Writer(out, source, args.overwrite) as writer, alone(unfinished):
+    with Writer(out, source, args.overwrite) as writer, \
+            alone(unfinished, "--resume goes on there"):
         if unfinished.exists() and not args.resume:
             raise ValueError(f"{unfinished} is of a run that was killed; --resume goes on with "
                              "it, or delete it")

@@ -1,18 +1,15 @@
 """Train a model to run all its blocks several times, with connectors from one pass to the next.
 
 After the published description of RecursiveVLM (arXiv 2602.09080), on text alone; not a
-reproduction, for its code and data are not public. Equations and tables: docs/looping.md. What is
-trained is saved, no ordinary checkpoint; the same command again goes on from there, or judges it
-once more.
+reproduction. Equations and tables: docs/looping.md. What is trained is saved, no ordinary
+checkpoint; the same command again goes on from there, or judges it once more.
 
-    python -m beyond.recursion --ckpt PATH              trains connectors
-    python -m beyond.recursion --ckpt PATH --lora       and a LoRA of all blocks
+    python -m beyond.recursion --ckpt PATH [--lora]     trains connectors, and a LoRA of all blocks
 
 Controls: --beta 1, --no-connector, and plain training: --passes 1 --lora, with twice the --steps.
 """
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -116,19 +113,19 @@ def main() -> None:
     add("--beta", type=float, default=1.5, help="weight of a token made worse (default 1.5)")
     add("--lora", action="store_true", help="train a LoRA of all blocks, too")
     add("--no-connector", action="store_true", help="start a pass from the end of the one before")
-    add("--rows", type=Path, default=os.devnull, help="append the result to this file, as JSON")
+    add("--rows", type=Path, help="append the result to this file as a JSON line")
     args = recover.training_args(parser, 1e-3)
     args.judge = args.passes if args.judge is None else args.judge
     if min(args.passes, args.judge, args.beta) < 1 or not math.isfinite(args.beta):
-        raise ValueError("--passes, --judge and --beta must be at least 1, and no infinity")
+        raise ValueError("--passes, --judge and --beta must be at least 1, and --beta finite")
     if not args.lora and (args.no_connector or args.passes == 1):
-        raise ValueError("nothing to train: connectors serve the second pass and later ones; give "
-                         "--lora, or --passes 2 without --no-connector")
+        raise ValueError("nothing to train: give --lora, or --passes 2 without --no-connector")
     if any(map(recover.is_json, args.data or [])):
         raise ValueError("--data: a loop learns from plain text, not from JSON")
     source = Checkpoint(args.ckpt)
     out = args.out or Path("out") / f"{source.name}-loop.safetensors"
-    recover.check_rows(args.rows, out)
+    if args.rows and (args.rows.is_dir() or args.rows.resolve() == out.resolve()):
+        raise ValueError(f"--rows {args.rows} is a folder or the output; name another file")
     text, name = held_out_text(args.data)
     windows = windows_of(load_tokenizer(source.path).encode(text), args.length, args.max_windows)
     texts, _, about = recover.read_lessons(args, source)
@@ -143,16 +140,19 @@ def main() -> None:
 
     def teach(ids: Tensor, learned: Tensor, done: float) -> Tensor:
         return monotonic_loss(token_losses(net, connector, args.passes, ids), args.beta)
-    with recover.alone(out), open(args.rows, "a") as rows:
+    with recover.alone(out, "the same command goes on there"):
         facts = recover.train(teach, parts, texts, out, run, {}, args)
-        losses, shares = judge(net, connector, args.judge, windows, args.device)
-        print(json.dumps(run | facts | {"windows": len(windows), "losses": losses,
-                                        "improved": shares}), file=rows)
     print(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['seconds']:.0f} s; "
           f"no ordinary checkpoint\njudged on {len(windows)} windows of {args.length} tokens of "
           f"{name}\n| pass | perplexity | tokens that improved at every pass |\n|---|---|---|")
+    losses, shares = judge(net, connector, args.judge, windows, args.device)
     for r, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):
         print(f"| {r} | {math.exp(loss):.4f} | {share:.1%} |")
+    if args.rows:
+        result = {"windows": len(windows), "losses": losses, "improved": shares}
+        args.rows.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.rows, "a") as file:
+            print(json.dumps(run | facts | result), file=file)
 
 
 if __name__ == "__main__":

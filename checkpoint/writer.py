@@ -171,9 +171,10 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
     if here == there or there in here.parents or here in there.parents:
         raise ValueError(f"--out {out} and the checkpoint {source} overlap; "
                          "choose a folder apart from it")
-    above = next(folder for folder in here.parents if folder.exists())
+    above = next((folder for folder in here.parents if folder.exists()), here)
     if not above.is_dir():
-        raise ValueError(f"--out {out}: {above} is not a folder")
+        raise ValueError(f"{out} cannot be made, because {above} is not a folder; choose another "
+                         "place")
     if not out.exists() and not out.is_symlink():
         return
     is_folder = out.is_dir() and not out.is_symlink()

@@ -1,13 +1,12 @@
-"""Count what a run copies to a device and back, and how often the device must wait.
+"""Count what a run copies to a device and back, and how many numbers the host reads from it.
 
-No GPU is needed: the device is played. A tensor on it holds an ordinary one, and says that it is on
-the device "meta". It refuses to meet tensors of the CPU, as on a GPU. Every copy between the two is
-counted, and every number that the CPU reads. The arithmetic is done, so a small model is enough;
-the counts of copies hold for any size.
+For each number that it reads, the host waits. No GPU is needed: the device is played. A tensor on
+it holds an ordinary one, and says that it is on the device "meta". It refuses to meet tensors of
+the CPU, as on a GPU. The arithmetic is done, so the model must be small. But each block is read,
+and each stream copied, as often for a large one.
 
-    python -m compare.copies --ckpt demo/checkpoint
+    python -m compare.copies --ckpt demo/checkpoint             a minute
 """
-
 from collections.abc import Callable
 from itertools import product
 from unittest import mock
@@ -40,7 +39,7 @@ class There(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "There":
         made = Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(),
-                                                   dtype=held.dtype, device="meta")
+                                             dtype=held.dtype, device="meta")
         made.held = held
         return made
 
@@ -116,13 +115,14 @@ def main() -> None:
         raise ValueError("--samples and --length must be at least 2")
     source = Checkpoint(args.ckpt)
     shape, L = (args.samples, args.length), source.config.num_hidden_layers
-    tokens = torch.randint(source.config.vocab_size, shape, generator=torch.manual_seed(0))
+    chance = torch.Generator().manual_seed(0)
+    tokens = torch.randint(source.config.vocab_size, shape, generator=chance)
     runner = Runner(source.config, args.length, "cpu", torch.float32)
     merges = merges_for_ratio(source.config, args.ratio, L)
     groups = select_groups(measure(source, tokens, runner).S, merges, L)
     stored = sum(t.nbytes for i in range(L) for t in source.block(i).values())
     stream = forecast.stream(source.config, *shape)
-    print(f"{source.path}: {merges} merges, {args.samples} x {args.length} tokens by chance\n"
+    print(f"{source.path}: {merges} merges, {args.samples} x {args.length} random tokens\n"
           f"its blocks take {stored:,} bytes, one stream in float32 {stream:,}\n"
           "| work | streams live | blocks read | bytes to the device | back | numbers read |\n"
           "|---|---|---|---|---|---|")

@@ -77,7 +77,7 @@ def read_rows(out: Path, settings: dict, repair: bool = True) -> list[dict]:
             raise ValueError(f"{path} line {number} is not a result of this program; "
                              "choose another --out")
         if differ := [name for name in row["settings"] | settings
-                      if row["settings"].get(name) != settings.get(name)]:
+                      if row["settings"].get(name, ...) != settings.get(name, ...)]:
             there, here = ({name: facts.get(name) for name in differ}
                            for facts in (row["settings"], settings))
             raise ValueError(f"{path} holds results with other settings "

@@ -20,6 +20,13 @@ class Item:
     gold: int                # number of the right choice
 
 
+def filled(row: dict, name: str) -> str:
+    """Return a text of a row. ValueError if it is blank or no text."""
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise ValueError(f"{name} must be a text that is not empty")
+    return row[name]
+
+
 def question(context: str, choices: list[str], gold: int) -> Item:
     """Return an item whose choices continue one context, after a space.
 
@@ -28,7 +35,9 @@ def question(context: str, choices: list[str], gold: int) -> Item:
     if not isinstance(choices, list) or not all(isinstance(text, str) and text.strip()
                                                 for text in [context, *choices]):
         raise ValueError("expected a question and choices that are texts and not empty")
-    if len(choices) < 2 or type(gold) is not int or not 0 <= gold < len(choices):
+    if len(choices) < 2:
+        raise ValueError("expected at least two choices")
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise ValueError(f"the right answer is number {gold!r} of {len(choices)}")
     return Item([context] * len(choices), [" " + choice for choice in choices],
                 [len(choice) for choice in choices], gold)
@@ -41,18 +50,18 @@ def number(value: str | int) -> int:
 
 def piqa(row: dict) -> Item:
     """Read goal, sol1, sol2 and label; the published labels are in a file of their own."""
-    return question("Question: " + row["goal"] + "\nAnswer:", [row["sol1"], row["sol2"]],
+    return question(f"Question: {filled(row, 'goal')}\nAnswer:", [row["sol1"], row["sol2"]],
                     number(row["label"]))
 
 
 def winogrande(row: dict) -> Item:
     """Fill the blank of the sentence with each option; what follows the blank is scored."""
     before, after = row["sentence"].split("_")
-    if not (after.strip() and row["option1"].strip() and row["option2"].strip()):
-        raise ValueError("an option is empty, or nothing follows the blank")
-    contexts = [before + row["option1"], before + row["option2"]]
+    if not after.strip():
+        raise ValueError("nothing follows the blank")
+    contexts = [before + filled(row, "option1"), before + filled(row, "option2")]
     return Item(contexts, [" " + after.strip()] * 2, [len(context) for context in contexts],
-                {"1": 0, "2": 1}[row["answer"]])
+                ("1", "2").index(row["answer"]))
 
 
 def clean(text: str) -> str:
@@ -80,9 +89,8 @@ def science(row: dict, wording: str) -> Item:
     They are nested in "question", or flat as dataset hubs export them.
     """
     inner = row["question"] if isinstance(row.get("question"), dict) else row
-    stem = inner[next((key for key in ("stem", "question_stem") if key in inner), "question")]
-    if not isinstance(stem, str):
-        raise ValueError("the question is not a text")
+    names = [name for name in ("stem", "question_stem") if name in inner]
+    stem = filled(inner, (names or ["question"])[0])
     choices = inner["choices"]
     if isinstance(choices, dict):
         texts, labels = choices["text"], choices["label"]
@@ -111,10 +119,8 @@ def openbookqa(row: dict) -> Item:
 def boolq(row: dict) -> Item:
     """Read passage, question and answer (or label): yes or no."""
     answer = str(row["answer"] if "answer" in row else row["label"]).lower()
-    if not (row["passage"].strip() and row["question"].strip()):
-        raise ValueError("passage or question is empty")
-    return question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"],
-                    {"false": 0, "true": 1, "0": 0, "1": 1}[answer])
+    context = f"{filled(row, 'passage')}\nQuestion: {filled(row, 'question')}?\nAnswer:"
+    return question(context, ["no", "yes"], {"false": 0, "true": 1, "0": 0, "1": 1}[answer])
 
 
 @dataclass

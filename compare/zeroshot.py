@@ -91,27 +91,28 @@ def log_likelihoods(source: Checkpoint, pairs: list[tuple[list[int], list[int]]]
             T = min((len(inputs[r]) + 15) // 16 * 16, longest)
             batches.setdefault(T, []).append(r)
         runners = {T: Runner(source.config, T, device, dtype) for T in batches}
-        tokens = sum(T * len(batch) for T, batch in batches.items())
-        needs = forecast.evaluating(source.config, tokens // 16, 16, dtype.itemsize)
-        streams = {T: runners[T].home(embed(outer, padded([inputs[r] for r in batch], T), dtype),
-                                      needs) for T, batch in batches.items()}
         any_runner, L = next(iter(runners.values())), source.config.num_hidden_layers
+        ids = {T: padded([texts[r] for r in batch], T + 1) for T, batch in batches.items()}
+        flat = torch.cat([embed(outer, rows[:, :-1].flatten(), dtype) for rows in ids.values()])
+        needs = forecast.evaluating(source.config, len(flat), 1, dtype.itemsize)
+        pieces = any_runner.home(flat, needs).split([T * len(rows) for T, rows in ids.items()])
+        streams = {T: piece.view(-1, T, piece.shape[1])
+                   for T, piece in zip(ids, pieces, strict=True)}
         for i in progress(range(L), f"part {number} of {len(parts)}: blocks", L):
             block = any_runner.block(source.block(i))
             for T, runner in runners.items():
                 runner.update(streams[T], partial(block, rope=runner.rope))
         logits_of = readout(outer, any_runner)
         for T, batch in batches.items():
-            for r, states in zip(batch, streams[T], strict=True):
+            for r, states, text in zip(batch, streams[T], ids[T].to(device), strict=True):
                 end = len(inputs[r])
                 if not pairs[r][1]:
                     raise ValueError("a choice adds no token to its question: "
                                      "this tokenizer cannot be scored on it")
                 start = end - min(len(pairs[r][1]), end)     # states that predict the continuation
                 logits = logits_of(states[start:end].to(device)).float()
-                targets = torch.tensor(texts[r][start + 1:]).to(logits.device)
-                scores[r] = -F.cross_entropy(logits, targets, reduction="sum")
-    return scores.cpu()  # once: the device need not stop for each text
+                scores[r] = -F.cross_entropy(logits, text[start + 1:end + 1], reduction="sum")
+    return scores.cpu()
 
 
 def by_question(questions: list[Item], values: Tensor) -> list[Tensor]:

@@ -91,11 +91,12 @@ def group_memory(groups: Path = Path("/sys/fs/cgroup"),
     those above it. What files are cached is not counted as used, for that memory can be had.
     """
     folders, free = {groups, groups / "memory"}, float("inf")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in own.read_text().splitlines():
-            _, kind, path = line.split(":", 2)
-            while kind in ("", "memory") and path.strip("/") and ".." not in path:
-                folders.add(groups / kind / path.strip("/"))
+            _, kinds, path = line.split(":", 2)
+            known = kinds == "" or "memory" in kinds.split(",")
+            while known and path.strip("/") and ".." not in path.split("/"):  # else not seen here
+                folders.add(groups / kinds / path.strip("/"))
                 path = path.rpartition("/")[0]
     for folder, name in product(folders, ("memory.max", "memory.high", "memory.limit_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit

@@ -259,7 +259,7 @@ def test_texts_take_turns_and_a_seed_decides_all():
     ('[{"instruction": "a", "input": null, "output": "b"}]', "list of objects"),
     ('[{"instruction": "\\ud800", "output": "b"}]', "list of objects"),
     ('[{"output": "x"}]', "KeyError: 'instruction'"),
-    ('[{"instruction": "a", "output": "b"}, {}]', "row 2: KeyError"),
+    ('[{"instruction": "a", "output": "b"}, {}]', "({}: KeyError"),
     ('[{"instruction": "a", "output": "b"}]', "0 instructions whose questions are shorter")])
 def test_a_json_file_of_another_form_is_refused(content, words, small, tmp_path):
     for name in ("x.json", "X.JSON", "x.jsonl"):
@@ -337,7 +337,7 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     assert weights(tmp_path / "other") != weights(tmp_path / "one")
     code, _, err = killed(monkeypatch, 3, small)
     assert code == 2 and err.endswith("error: interrupted\n")
-    assert "killed.unfinished has the run up to its last save" in err
+    assert "killed.unfinished has the run up to its last save; --resume goes on there" in err
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.unfinished").is_file()
     code, _, err = small(out="killed")
     assert code == 2 and "--resume" in err
@@ -398,7 +398,9 @@ def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
     for wrong in ([], {}, facts | {"steps": 99}, facts | {"steps": -3}, facts | {"dense": "x"},
                   facts | {"held_out": [3]}, facts | {"steps": 4.0}, facts | {"steps": True},
                   facts | {"held_out": []}, facts | {"held_out": "abc"}, facts | {"tokens": 0.5},
-                  facts | {"seconds": math.inf}, facts | {"held_out": [["x", 2.0]]}):
+                  facts | {"seconds": math.inf}, facts | {"held_out": [["x", 2.0]]},
+                  facts | {"held_out": [[1]]}, facts | {"held_out": [[0, 1, 2]]},
+                  facts | {"tokens": -5}, facts | {"seconds": -9.0}):
         save_file(tensors, path, meta | {"facts": json.dumps(wrong)})
         code, _, err = small("--resume", out="killed")
         assert code == 2 and "cannot be read" in err and err.count("\n") == 1
@@ -422,7 +424,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(small, tmp_path, m
 
 def test_a_second_run_into_one_output_is_refused_as_long_as_the_first_lives(small, tmp_path):
     """Also before the first has saved anything, and with --resume."""
-    with beyond.recover.alone(tmp_path / "recovered.unfinished"):
+    with beyond.recover.alone(tmp_path / "recovered.unfinished", ""):
         for options in ((), ("--resume",)):
             code, _, err = small(*options)
             assert code == 2 and "another run is writing" in err and err.count("\n") == 1

@@ -292,8 +292,10 @@ def test_mistakes_are_one_line(options, message, tmp_path, ckpt, cli):
 def test_a_malformed_question_is_named_by_file_and_line(task, tmp_path):
     halves = {key: value + "\ud800" if isinstance(value, str) else value
               for key, value in ROWS[task].items()}
-    for broken in ([], {}, dict.fromkeys(ROWS[task]), dict.fromkeys(ROWS[task], " "),
-                   {key: [1] for key in ROWS[task]}, halves):
+    blank = [ROWS[task] | {key: " "} for key in ("goal", "sol1", "option2", "question_stem",
+                                                 "passage", "question") if key in ROWS[task]]
+    for broken in ([], {}, dict.fromkeys(ROWS[task]), {key: [1] for key in ROWS[task]}, halves,
+                   *blank):
         path = write(tmp_path, task, [ROWS[task], broken])
         with pytest.raises(ValueError, match=f"{path.name} line 2 is not a {task} question"):
             items(task, tmp_path)
