@@ -5,7 +5,7 @@ it holds an ordinary one, and says that it is on the device "meta". It refuses t
 the CPU, as on a GPU. The arithmetic is done, so the model must be small. But each block is read,
 and each stream copied, as often for a large one.
 
-    python -m compare.copies --ckpt demo/checkpoint             a minute
+    python -m compare.copies --ckpt demo/checkpoint             half a minute
 """
 from collections.abc import Callable
 from itertools import product
