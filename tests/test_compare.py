@@ -490,6 +490,6 @@ def test_compare_does_not_mix_results_of_other_settings(ckpt, text_file, cli, tm
     assert code == 2 and "other settings" in err
     assert '{"samples": 4' in err and '{"samples": 5' in err and "trials" not in err
     path = tmp_path / "o" / "results.jsonl"
-    path.write_text(path.read_text().replace('"trials": 16, ', ""))  # as an earlier version wrote it
+    path.write_text(path.read_text().replace('"trials": 16, ', ""))  # an earlier version's
     code, _, err = cli(harness.main, *run, "--samples", 4)
     assert code == 2 and '{"trials": null} there, {"trials": 16} here' in err
