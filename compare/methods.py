@@ -54,7 +54,7 @@ METHODS = {
     "width-refit": (width.refit, "control: our fit, every block narrower"),
     "drop-refit": (fit(first_only=True), "control: our fit, but only the first of a group stays"),
     "drop-refit-damage": (fit(first_only=True, by_damage=True),
-                          "control: the same, grouped by measured damage"),
+                          "control: drop-refit, grouped by measured damage"),
     "flattengpt": (flattened.flattengpt, PAPER),
     "flat-refit": (flattened.refit, "ours: merged blocks fitted to the dense model"),
     "flat-refit-damage": (fit(by_damage=True), "ours: fitted, and grouped by measured damage"),
