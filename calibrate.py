@@ -184,7 +184,8 @@ def observe(block: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tenso
     dtype = sum_dtype(x.dtype)
     norms = [(part.to(dtype).norm(dim=-1) / base.to(dtype).norm(dim=-1).clamp_min(1e-30)).sum()
              for part, base in ((attention, x), (mlp, middle))]
-    centred = x.to(dtype) - x.to(dtype).mean(-1, keepdim=True)
+    stream = x.to(dtype)
+    centred = stream - stream.mean(-1, keepdim=True)
     variance = centred.square().mean(-1).sum()  # x.var would warn of a process without windows
     y = middle + mlp
     return y, torch.stack([variance, *norms, cosine_sums([x, y])[0, 1]])
