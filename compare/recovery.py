@@ -3,7 +3,8 @@
 Compressed is by dropping blocks (ShortGPT), by the paper, and by the fit. Each of these is then
 trained in every way of beyond.recover on the same windows. Each step is a command of this project,
 which the row records. Finished rows are kept in OUT/results.jsonl and not repeated. OUT also gets
-table.md and, with matplotlib, loss.svg: held-out loss against tokens.
+table.md and, with matplotlib, loss.svg: held-out loss against tokens. --dtype is what
+training computes in. Judging is in float32.
 
     python -m compare.recovery --ckpt demo/checkpoint --data python --steps 80 --batch 4
 """
@@ -27,7 +28,7 @@ from compare.harness import commit
 from compare.judge import spread
 from compare.tables import summary
 from console import command, progress
-from console.options import DEFAULT_DEVICE, compute_dtype
+from console.options import add_device_options, compute_dtype
 from evaluate import losses, windows_of
 from model import load
 from text.tokenizer import load_tokenizer
@@ -45,7 +46,7 @@ RECIPES = {  # options of beyond.recover
 }
 Key = tuple[str, str, int]  # base, recipe, seed
 SETTINGS = ("ckpt", "data", "also", "ratio", "samples", "length", "steps", "batch", "windows",
-            "rate", "lora_rate", "device")  # equal in all rows of a table
+            "rate", "lora_rate", "device", "dtype")  # equal in all rows of a table
 
 
 def run(script: str, **options) -> str:
@@ -92,8 +93,8 @@ def cell(key: Key, args: argparse.Namespace, judged: dict[str, torch.Tensor]) ->
         out.with_name("recovered.unfinished").unlink(missing_ok=True)  # of a run that was killed
         line = run("-m beyond.recover", ckpt=path, teacher=args.ckpt, data=args.data,
                    **RECIPES[recipe], rate=args.rates["LoRA" in recipe], steps=args.steps,
-                   batch=args.batch, length=args.length, device=args.device, seed=seed, out=out,
-                   overwrite=True, no_eval=True)
+                   batch=args.batch, length=args.length, device=args.device, dtype=args.dtype,
+                   seed=seed, out=out, overwrite=True, no_eval=True)
         record = json.loads((out / "flatten.json").read_text())["recovery"][-1]
         row = {name: record[name] for name in ("tokens", "seconds", "held_out", "dense")}
         row["command"], path = line, out
@@ -231,13 +232,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("out/recovery"),
                         help="where compressed models go (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="where results go, or already are")
-    parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
+    add_device_options(parser)
     args = parser.parse_args()
     counts = args.seeds, args.windows, args.samples, args.steps, args.batch
     if min(counts) < 1 or args.length < 2 or not 0 < args.ratio < 1:
         raise ValueError("--ratio must lie between 0 and 1, --length be at least 2, and all other "
                          "counts at least 1")
-    compute_dtype("float32", args.device, torch.float32)
+    dtype = compute_dtype(args.dtype, args.device, Checkpoint(args.ckpt).dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
     args.models, args.out = args.models.absolute(), args.out.absolute()
     args.rates = args.rate, args.lora_rate
     return args
@@ -264,7 +266,8 @@ def main() -> None:
             file.write(json.dumps(rows[-1]) + "\n")
     kinds = ", ".join(f"{len(w)} windows of {args.length} of {name}" for name, w in judged.items())
     text = (f"{Checkpoint(args.ckpt).name} at ratio {args.ratio}, {args.steps} steps of "
-            f"{args.batch} x {args.length} tokens, judged on {kinds}; float32, seeds 0 to "
+            f"{args.batch} x {args.length} tokens, judged on {kinds}; trained in "
+            f"{args.dtype}, judged in float32, seeds 0 to "
             f"{max(row['seed'] for row in rows)}, {args.device}, torch {torch.__version__}, commit "
             f"{', '.join(sorted({row['commit'] for row in rows}))}\n\n"
             f"`python -m compare.recovery {shlex.join(sys.argv[1:])}`\n\n{table(rows, dense)}")

@@ -599,7 +599,7 @@ def test_a_file_that_is_not_ours_keeps_its_last_line(tmp_path, theirs):
 def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_path, text_file, cli):
     options = ["--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length", 16, "--steps", 2,
                "--batch", 2, "--windows", 2, "--bases", "paper", "--models", tmp_path / "models",
-               "--out", tmp_path / "out", "--recipes", "none"]
+               "--out", tmp_path / "out", "--dtype", "bfloat16", "--recipes", "none"]
     code, out, err = cli(compare.recovery.main, *options)
     assert code == 0 and "| paper | none | 0 |" in out, err
     code, out, err = cli(compare.recovery.main, *options, "labels, LoRA")
@@ -607,6 +607,7 @@ def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
     assert [row["recipe"] for row in rows] == ["none", "labels, LoRA"]
     assert rows[1]["command"].startswith("python -m beyond.recover --ckpt ")
+    assert "--dtype bfloat16" in rows[1]["command"] and "trained in bfloat16, judged in" in out
     with (tmp_path / "out" / "results.jsonl").open("a") as file:
         file.write('{"base": "pap')  # a kill while a row was written
     code, out, err = cli(compare.recovery.main, *options, "labels, LoRA")
