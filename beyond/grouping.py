@@ -2,8 +2,9 @@
 
 Similar inputs say that members could share one. They do not say whether heads and channels can be
 spared, nor whether the rest of the network minds. So damage is measured. Every pair of neighbours,
-and half of the triples, is merged for trial, alone. The model with that one merge is compared with
-the dense one. The groups are those of least total damage.
+and half of the triples, is merged for trial, alone, as it would be merged in the end, on less text.
+The model with that one merge is compared with the dense one. The groups are those of least total
+damage.
 
 `python -m beyond.refit --group-by damage` uses this.
 """
@@ -19,21 +20,32 @@ from evaluate import divergence, readout
 from flatten import merge_groups
 from model import Runner, check_finite, embed
 
-LARGEST = 3     # blocks in a group
-BUILD = 16      # one window in 16 is for making trial merges
+LARGEST = 3   # blocks in a group
+BUILD = 2**12  # tokens, at most, that make trial merges
+JUDGE = 2**10  # tokens, at most, that judge them
 
 Damage = dict[tuple[int, int], float]  # (first, last) block of a group -> divergence
 
 
-def split(tokens: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """Choose windows that make trial merges, and other windows that judge them, from tokens (N, T).
+def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose windows that make trial merges, and others that judge them, from tokens (N, T).
 
-    A merge fits the text that it was made from, so other text must judge. A single window has to do
-    for both.
+    Both are evenly spread: at most half of the windows, and BUILD tokens, make, and JUDGE tokens
+    judge. A merge fits the text that it was made from, so other text must judge. A single window
+    has to do for both.
     """
-    rest = tokens[[i for i in range(len(tokens)) if i % BUILD]] if len(tokens) > 1 else tokens
-    step = max(1, min(L * len(rest) // len(tokens), len(rest)))  # leaves about N/L windows
-    return tokens[::BUILD], rest[::step]
+    N, T = tokens.shape
+    if N == 1:
+        return tokens, tokens
+    made = spread(N, max(1, min(N // 2, BUILD // T)))
+    rest = [i for i in range(N) if i not in made]
+    return tokens[made], tokens[[rest[i] for i in spread(len(rest), max(1, JUDGE // T))]]
+
+
+def spread(N: int, most: int) -> list[int]:
+    """Return at most this many numbers below N, evenly spread."""
+    n = min(N, most)
+    return [i * N // n for i in range(n)]
 
 
 def candidates(damage: Damage, L: int, size: int, merges: int) -> list[tuple[int, int]]:
@@ -58,15 +70,13 @@ def damages(source, tokens: Tensor, runner: Runner,
     """Merge each of the `candidates` alone, and measure how far the model's predictions move.
 
     halves(dense) makes the two halves of a merge (see flatten.merge_groups) from the dense stream
-    that enters the group. A merge is made from one calibration window in BUILD and judged by about
-    one in L of the others. Together this takes less than three passes of all windows, however deep
-    the model, if there are more windows than blocks. For each size of group every block is read
-    once, and serves all trials: their streams, of the judging windows, pass through it together.
-    They take about as much memory as the stream of all windows. `needs` is the memory of a merge of
-    all windows, by which Runner.home places them.
+    that enters the group. A merge is made and judged on the windows that `split` chooses. For each
+    size of group every block is read once, and serves all trials: their streams, of the judging
+    windows, pass through it together. `needs` is the memory of a merge of all windows, by which
+    Runner.home places them.
     """
     L, outer, damage = source.config.num_hidden_layers, source.outer(), {}
-    for_build, for_judge = split(tokens, L)
+    for_build, for_judge = split(tokens)
     logits_of = readout(outer, runner)
     for size in range(2, largest + 1):
         trials = {}  # (first, last) -> the stream of the model with that merge

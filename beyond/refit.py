@@ -94,7 +94,6 @@ from prune import (
 )
 
 PARTS = ("align", "eliminate", "values", "dense")
-QUICK = ("align", "dense")  # enough to find out which blocks to merge
 FIT = "the fit"  # where a number that is not finite came up
 FEW = 32         # windows for steps 1 to 3; only step 4 sees all
 ENOUGH = 2**14   # tokens, at most, of these windows for the shortlist and for new values
@@ -559,7 +558,7 @@ def main() -> None:
         mine = parallel.share(tokens)                            # all, in one process
         if by_damage:
             def trial(dense: Tensor) -> tuple[Callable, Callable]:
-                fit = Fit(dense, runner, args.ridge, QUICK)
+                fit = Fit(dense, runner, args.ridge)
                 return fit.attention, fit.mlp
             needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, args.max_group)
             damage = damages(source, tokens, runner, trial, merges, needs, args.max_group)

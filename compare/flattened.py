@@ -2,8 +2,8 @@
 import torch
 from torch import Tensor
 
-from beyond.grouping import LARGEST, damages, least_damage
-from beyond.refit import QUICK, Fit, fitting, refit_groups
+from beyond.grouping import LARGEST, Damage, damages, least_damage, split
+from beyond.refit import Fit, fitting, refit_groups
 from beyond.regression import RIDGE
 from compare.network import Calibration, Network
 from flatten import flatten_blocks, keep_wide, merge_groups, mergeable, paper, select_groups
@@ -60,13 +60,13 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
     `options` are more of Fit's.
     """
     def trial(dense: Tensor) -> tuple:
-        fit = Fit(dense, text.runner, ridge, QUICK, first_only)
+        fit = Fit(dense, text.runner, ridge, first_only=first_only, **options)
         return fit.attention, fit.mlp
     if by_damage:
         needs = fitting(network.config, *text.tokens.shape, text.runner.dtype.itemsize, LARGEST)
         damage = damages(network, text.tokens, text.runner, trial, n, needs)
         groups = least_damage(damage, len(network.blocks), n)
-        text.passes += 3
+        text.passes += passes_of_trials(damage, text.tokens, len(network.blocks))
     else:
         groups = groups_of(network, n, text)
     xs = text.embedded(network)
@@ -74,6 +74,17 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
     blocks = [block for block, _ in fitted]
     text.passes += 2
     return network.with_blocks(blocks)
+
+
+def passes_of_trials(damage: Damage, tokens: Tensor, L: int) -> float:
+    """Return how many passes of all tokens (N, T) through L blocks the trials of `damages` took.
+
+    Their windows pass once for each size of group. To merge takes two passes through the members,
+    and what judges passes through all blocks above.
+    """
+    build, judge = (len(part) / len(tokens) for part in split(tokens))
+    merging = sum(2 * (last - first + 1) * build + (L - 1 - last) * judge for first, last in damage)
+    return merging / L + (LARGEST - 1) * (build + judge)
 
 
 def magnitude_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from beyond.grouping import damages
-from beyond.refit import QUICK, Fit
+from beyond.refit import Fit
 from checkpoint.reader import Checkpoint
 from compare import copies
 from compare.zeroshot import log_likelihoods
@@ -28,7 +28,7 @@ def work(ckpt, device: str, method: str, windows: int) -> list[torch.Tensor]:
         run, needs = Runner(source.config, 16, device, torch.float64), {"streams": windows * 4096}
 
         def trial(dense):
-            fit = Fit(dense, run, 10.0, QUICK)
+            fit = Fit(dense, run, 10.0)
             return fit.attention, fit.mlp
         return [torch.tensor(list(damages(source, tokens, run, trial, 2, needs, 2).values()))]
     return copies.work(source, tokens, GROUPS, device, method, torch.float64)
