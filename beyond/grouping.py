@@ -20,7 +20,7 @@ from evaluate import divergence, readout
 from flatten import merge_groups
 from model import Runner, check_finite, embed
 
-LARGEST = 3   # blocks in a group
+LARGEST = 3    # blocks in a group
 BUILD = 2**12  # tokens, at most, that make trial merges
 JUDGE = 2**10  # tokens, at most, that judge them
 
