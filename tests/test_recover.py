@@ -596,6 +596,13 @@ def test_a_file_that_is_not_ours_keeps_its_last_line(tmp_path, theirs):
     assert path.read_text() == theirs
 
 
+def test_a_row_names_no_place_on_this_machine():
+    bundled = Path(compare.recovery.__file__).parents[1] / "demo" / "checkpoint"
+    line = compare.recovery.run("flatten.py", ckpt=bundled, samples=2, length=16, dry_run=True)
+    assert line == (f"python flatten.py --ckpt {Path('demo', 'checkpoint')} --samples 2 "
+                    "--length 16 --dry-run")
+
+
 def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_path, text_file, cli):
     options = ["--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length", 16, "--steps", 2,
                "--batch", 2, "--windows", 2, "--bases", "paper", "--models", tmp_path / "models",
