@@ -2,9 +2,9 @@
 
 Similar inputs say that members could share one. They do not say whether heads and channels can be
 spared, nor whether the rest of the network minds. So damage is measured. Every pair of neighbours,
-and half of the triples, is merged for trial, alone, as it would be merged in the end, on less text.
-The model with that one merge is compared with the dense one. The groups are those of least total
-damage.
+and half of the triples, is merged alone for trial. The merge is that of the final run, made from
+less text. The model with that one merge is compared with the dense one. The groups are those of
+least total damage.
 
 `python -m beyond.refit --group-by damage` uses this.
 """
@@ -21,8 +21,8 @@ from flatten import merge_groups
 from model import Runner, check_finite, embed
 
 LARGEST = 3    # blocks in a group
-BUILD = 2**12  # tokens, at most, that make trial merges
-JUDGE = 2**10  # tokens, at most, that judge them
+BUILD = 2**12  # tokens that make trial merges, or four windows if these have more
+JUDGE = 2**10  # tokens that judge them, or two windows
 
 Damage = dict[tuple[int, int], float]  # (first, last) block of a group -> divergence
 
@@ -30,20 +30,19 @@ Damage = dict[tuple[int, int], float]  # (first, last) block of a group -> diver
 def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Choose windows that make trial merges, and others that judge them, from tokens (N, T).
 
-    Both are evenly spread: at most half of the windows, and BUILD tokens, make, and JUDGE tokens
-    judge. A merge fits the text that it was made from, so other text must judge. A single window
-    has to do for both.
+    A merge fits the text that it was made from, so other text must judge. Both are evenly spread,
+    and at most half of the windows make. A single window has to do for both.
     """
     N, T = tokens.shape
     if N == 1:
         return tokens, tokens
-    made = spread(N, max(1, min(N // 2, BUILD // T)))
+    made = evenly(N, min(N // 2, max(4, BUILD // T)))
     rest = [i for i in range(N) if i not in made]
-    return tokens[made], tokens[[rest[i] for i in spread(len(rest), max(1, JUDGE // T))]]
+    return tokens[made], tokens[[rest[i] for i in evenly(len(rest), max(2, JUDGE // T))]]
 
 
-def spread(N: int, most: int) -> list[int]:
-    """Return at most this many numbers below N, evenly spread."""
+def evenly(N: int, most: int) -> list[int]:
+    """Return at most this many of the numbers below N, evenly spread."""
     n = min(N, most)
     return [i * N // n for i in range(n)]
 
@@ -72,8 +71,8 @@ def damages(source, tokens: Tensor, runner: Runner,
     halves(dense) makes the two halves of a merge (see flatten.merge_groups) from the dense stream
     that enters the group. A merge is made and judged on the windows that `split` chooses. For each
     size of group every block is read once, and serves all trials: their streams, of the judging
-    windows, pass through it together. `needs` is the memory of a merge of all windows, by which
-    Runner.home places them.
+    windows, pass through it together. Up to L - 1 of them are held at once. `needs` is the memory
+    of a merge of all windows, by which Runner.home places them.
     """
     L, outer, damage = source.config.num_hidden_layers, source.outer(), {}
     for_build, for_judge = split(tokens)

@@ -549,7 +549,7 @@ def main() -> None:
     by_damage = args.group_by == "damage"
     merges = plan(source, args, "refit", RIDGE, fitting, LARGEST if by_damage else None)
     if args.dry_run:
-        trials = args.max_group - 1 if by_damage else 0  # a pass for each size of group
+        trials = min(args.max_group, merges + 1) - 1 if by_damage else 0  # a pass for each size
         return foretell(source, args, merges, fitting, passes=2 + trials)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, name = read_tokens(source.path, args)            # (N, T)
@@ -560,8 +560,9 @@ def main() -> None:
             def trial(dense: Tensor) -> tuple[Callable, Callable]:
                 fit = Fit(dense, runner, args.ridge)
                 return fit.attention, fit.mlp
-            needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, args.max_group)
-            damage = damages(source, tokens, runner, trial, merges, needs, args.max_group)
+            largest = min(args.max_group, merges + 1)
+            needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, largest)
+            damage = damages(source, tokens, runner, trial, merges, needs, largest)
             groups = least_damage(damage, len(S), merges)
         else:
             groups = select_groups(S, merges, args.max_group or len(S))

@@ -63,8 +63,9 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
         fit = Fit(dense, text.runner, ridge, first_only=first_only, **options)
         return fit.attention, fit.mlp
     if by_damage:
-        needs = fitting(network.config, *text.tokens.shape, text.runner.dtype.itemsize, LARGEST)
-        damage = damages(network, text.tokens, text.runner, trial, n, needs)
+        largest = min(LARGEST, n + 1)
+        needs = fitting(network.config, *text.tokens.shape, text.runner.dtype.itemsize, largest)
+        damage = damages(network, text.tokens, text.runner, trial, n, needs, largest)
         groups = least_damage(damage, len(network.blocks), n)
         text.passes += passes_of_trials(damage, text.tokens, len(network.blocks))
     else:
@@ -80,11 +81,12 @@ def passes_of_trials(damage: Damage, tokens: Tensor, L: int) -> float:
     """Return how many passes of all tokens (N, T) through L blocks the trials of `damages` took.
 
     Their windows pass once for each size of group. To merge takes two passes through the members,
-    and what judges passes through all blocks above.
+    and what judges passes through the merged block and all above.
     """
     build, judge = (len(part) / len(tokens) for part in split(tokens))
-    merging = sum(2 * (last - first + 1) * build + (L - 1 - last) * judge for first, last in damage)
-    return merging / L + (LARGEST - 1) * (build + judge)
+    merging = sum(2 * (last - first + 1) * build + (L - last) * judge for first, last in damage)
+    sizes = {last - first for first, last in damage}
+    return merging / L + len(sizes) * (build + judge)
 
 
 def magnitude_score(C: Tensor, ridge: float, down: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from compare.harness import commit
 from compare.judge import spread
 from compare.tables import summary
 from console import command, progress
-from console.options import add_device_options, compute_dtype
+from console.options import DEFAULT_DEVICE, compute_dtype
 from evaluate import losses, windows_of
 from model import load
 from text.tokenizer import load_tokenizer
@@ -232,7 +232,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("out/recovery"),
                         help="where compressed models go (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="where results go, or already are")
-    add_device_options(parser)
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="to train in (default: as stored on a GPU, float32 on a CPU)")
     args = parser.parse_args()
     counts = args.seeds, args.windows, args.samples, args.steps, args.batch
     if min(counts) < 1 or args.length < 2 or not 0 < args.ratio < 1:

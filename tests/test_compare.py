@@ -430,9 +430,10 @@ def test_passes_are_counted(method, passes):
 
 
 def test_passes_of_trial_merges_are_counted():
-    """Half of the windows make, half judge: 2 passes, 18 half blocks to merge, 4 above to judge."""
+    """Of 8 windows 4 make and 2 judge. Two sizes, 9 blocks merged twice, 8 judged through."""
     damage = dict.fromkeys([(0, 1), (1, 2), (2, 3), (0, 2)], 0.0)
-    assert flattened.passes_of_trials(damage, torch.zeros(8, 12), 4) == 2 + (18 + 4) / 2 / 4
+    passes = flattened.passes_of_trials(damage, torch.zeros(8, 600), 4)
+    assert passes == 2 * (4 + 2) / 8 + (2 * 9 * 4 + 8 * 2) / 8 / 4
 
 
 def test_compare_fills_its_table_resumes_and_reports_failures(ckpt, text_file, tmp_path, cli,

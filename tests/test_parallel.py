@@ -60,7 +60,7 @@ def made(ckpt: Path, windows: int) -> tuple[dict, list]:
             reports.append(report)
     tensors["streams"] = parallel.whole(ys)
     logits_of, net = readout(source.outer(), run), load(ckpt, dtype=torch.float64)
-    tried = damages(source, tokens, run, trial_fit(run), 2, {}, largest=2)
+    tried = damages(source, tokens, run, trial_fit(run), 2, {})
     batch = draw([tokens.flatten()], 4, 16, seed=1)
     tensors["losses"] = parallel.whole(losses(net, mine, "cpu"))
     tensors["numbers"] = torch.tensor([divergence(logits_of, xs, logits_of, ys, run.device),

@@ -596,7 +596,7 @@ def test_a_file_that_is_not_ours_keeps_its_last_line(tmp_path, theirs):
     assert path.read_text() == theirs
 
 
-def test_a_row_names_no_place_on_this_machine():
+def test_a_row_names_places_in_the_project_from_its_root():
     bundled = Path(compare.recovery.__file__).parents[1] / "demo" / "checkpoint"
     line = compare.recovery.run("flatten.py", ckpt=bundled, samples=2, length=16, dry_run=True)
     assert line == (f"python flatten.py --ckpt {Path('demo', 'checkpoint')} --samples 2 "
