@@ -35,7 +35,7 @@ from torch import Tensor
 
 import console
 import parallel
-from beyond.grouping import LARGEST, damages, least_damage
+from beyond.grouping import LARGEST, damages, evenly, least_damage
 from beyond.regression import (
     RIDGE,
     alignment,
@@ -110,8 +110,7 @@ def few(xs: Tensor, tokens: int | None = None) -> Tensor:
     The copy holds at most `tokens` tokens, but always one window.
     """
     N = parallel.total(len(xs))
-    n = min(FEW, N, max(1, tokens // xs.shape[1]) if tokens else FEW)
-    chosen = {i * N // n for i in range(n)}
+    chosen = set(evenly(N, min(FEW, max(1, tokens // xs.shape[1]) if tokens else FEW)))
     mine = [k for k, i in enumerate(parallel.share(range(N))) if i in chosen]
     return xs[torch.tensor(mine, dtype=torch.long)]
 
@@ -548,9 +547,9 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     by_damage = args.group_by == "damage"
     merges = plan(source, args, "refit", RIDGE, fitting, LARGEST if by_damage else None)
-    if args.dry_run:
-        trials = min(args.max_group, merges + 1) - 1 if by_damage else 0  # a pass for each size
-        return foretell(source, args, merges, fitting, passes=2 + trials)
+    largest = min(args.max_group, merges + 1) if by_damage else 1  # group to try
+    if args.dry_run:  # trials of each size, from 2 on, take a pass
+        return foretell(source, args, merges, fitting, passes=1 + largest)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, name = read_tokens(source.path, args)            # (N, T)
         runner = start_runner(source, args, name)
@@ -560,7 +559,6 @@ def main() -> None:
             def trial(dense: Tensor) -> tuple[Callable, Callable]:
                 fit = Fit(dense, runner, args.ridge)
                 return fit.attention, fit.mlp
-            largest = min(args.max_group, merges + 1)
             needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, largest)
             damage = damages(source, tokens, runner, trial, merges, needs, largest)
             groups = least_damage(damage, len(S), merges)
