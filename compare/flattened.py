@@ -63,10 +63,12 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
         fit = Fit(dense, text.runner, ridge, first_only=first_only, **options)
         return fit.attention, fit.mlp
     if by_damage:
-        largest = min(LARGEST, n + 1)
+        L, largest = len(network.blocks), min(LARGEST, n + 1)
         needs = fitting(network.config, *text.tokens.shape, text.runner.dtype.itemsize, largest)
-        damage = damages(network, text.tokens, text.runner, trial, n, needs, largest)
-        groups = least_damage(damage, len(network.blocks), n)
+        same = largest, n > L // 2, ridge, first_only, *options.items()  # then so are the trials
+        damage = text.once(network, ("damage", same), lambda: damages(
+            network, text.tokens, text.runner, trial, n, needs, largest))
+        groups = least_damage(damage, L, n)
         text.passes += passes_of_trials(damage, text.tokens, len(network.blocks))
     else:
         groups = groups_of(network, n, text)

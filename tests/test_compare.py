@@ -436,6 +436,19 @@ def test_passes_of_trial_merges_are_counted():
     assert passes == 2 * (4 + 2) / 8 + (2 * 9 * 4 + 8 * 2) / 8 / 4
 
 
+def test_trial_merges_are_made_once_for_all_ratios(monkeypatch):
+    """Two and three merges of six blocks try the same groups, the control and four merges not."""
+    dense, calls, damages = random_network(6), [], flattened.damages
+    monkeypatch.setattr(flattened, "damages", lambda *a: calls.append(a[4]) or damages(*a))
+    texts = [calibration(dense, 4) for _ in range(4)]
+    for text, n, first_only in zip(texts, [2, 3, 3, 4], [False, False, True, False], strict=True):
+        text.measured = texts[0].measured
+        flattened.refit(dense, n, text, by_damage=True, first_only=first_only)
+    assert calls == [2, 3, 4]  # the second cell made none
+    assert texts[0].passes == texts[1].passes and texts[1].saved > 0
+    assert [text.saved for text in texts if text is not texts[1]] == [0, 0, 0]
+
+
 def test_compare_fills_its_table_resumes_and_reports_failures(ckpt, text_file, tmp_path, cli,
                                                               monkeypatch):
     folder = tmp_path / "out"
