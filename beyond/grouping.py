@@ -6,7 +6,7 @@ and half of the triples, is merged alone for trial. The merge is that of the fin
 less text. The model with that one merge is compared with the dense one. The groups are those of
 least total damage.
 
-`python -m beyond.refit --group-by damage` uses this.
+`python -m beyond.refit` does this, unless it gets `--group-by similarity`.
 """
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,7 +1,7 @@
 """Measure what flattening costs, and how fast our model is next to transformers'.
 
 1. run        the whole of flatten.py, without evaluation  /  one forward pass in transformers,
-              and the whole of the fit  /  that of flatten.py
+              and the whole of the fit, with the same groups  /  that of flatten.py
 2. forward    transformers' time / ours, for logits and for the perplexity of the same windows
 3. generate   tokens per second, dense and flattened, ours and transformers'
 4. memory     peak anonymous memory of flatten.py for 8 and for 32 blocks of one width
@@ -91,9 +91,9 @@ def run_script(ckpt: Path, out: Path, args: argparse.Namespace) -> list[str]:
             "--samples", str(args.samples), "--length", str(args.length), "--device", args.device]
 
 
-def run_quietly(command: ModuleType, ckpt: Path, out: Path, args: argparse.Namespace) -> None:
-    """Run flatten.py or the fit, which has the same options, in this process. Prints nothing."""
-    sys.argv = run_script(ckpt, out, args)
+def run_quietly(command: ModuleType, line: list[str]) -> None:
+    """Run flatten.py or the fit, with this command line, in this process. Prints nothing."""
+    sys.argv = line
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         command.main()
 
@@ -135,13 +135,14 @@ def compare_forward(ckpt: Path, out: Path, ids: Tensor, args: argparse.Namespace
     def their_loss(part: Tensor) -> Tensor:
         logits = theirs(part).logits.float()[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
+    line = run_script(ckpt, out, args)
     spent = side_by_side({
         "one forward in transformers": lambda: each(lambda part: theirs(part).logits),
         "one forward, ours": lambda: each(ours),
         "perplexity in transformers": lambda: each(their_loss),
         "perplexity, ours": lambda: losses(ours, ids, args.device),
-        "the fit": lambda: run_quietly(refit, ckpt, out, args),
-        "flatten.py": lambda: run_quietly(flatten, ckpt, out, args),
+        "the fit": lambda: run_quietly(refit, [*line, "--group-by", "similarity"]),
+        "flatten.py": lambda: run_quietly(flatten, line),
     }, args.repeats, args.device)
     for name, seconds in spent.items():
         print(f"{name:30s} {seconds:8.2f} s   {ids.numel() / seconds:10,.0f} tokens/s")

@@ -2,8 +2,8 @@
 import torch
 from torch import Tensor
 
-from beyond.grouping import LARGEST, Damage, damages, least_damage, split
-from beyond.refit import Fit, fitting, refit_groups
+from beyond.grouping import LARGEST, Damage, least_damage, split
+from beyond.refit import refit_groups, try_merges
 from beyond.regression import RIDGE
 from compare.network import Calibration, Network
 from flatten import flatten_blocks, keep_wide, merge_groups, mergeable, paper, select_groups
@@ -59,21 +59,18 @@ def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
     do, and the others are left out. This control says what fitting is worth without flattening.
     `options` are more of Fit's.
     """
-    def trial(dense: Tensor) -> tuple:
-        fit = Fit(dense, text.runner, ridge, first_only=first_only, **options)
-        return fit.attention, fit.mlp
+    options |= {"ridge": ridge, "first_only": first_only}
     if by_damage:
-        L, largest = len(network.blocks), min(LARGEST, n + 1)
-        needs = fitting(network.config, *text.tokens.shape, text.runner.dtype.itemsize, largest)
-        same = largest, n > L // 2, ridge, first_only, *options.items()  # then so are the trials
-        damage = text.once(network, ("damage", same), lambda: damages(
-            network, text.tokens, text.runner, trial, n, needs, largest))
+        L = len(network.blocks)
+        same = min(LARGEST, n + 1), n > L // 2, *options.items()  # then the trials are the same
+        damage = text.once(network, same, lambda: try_merges(
+            network, text.tokens, text.runner, n, **options))
         groups = least_damage(damage, L, n)
-        text.passes += passes_of_trials(damage, text.tokens, len(network.blocks))
+        text.passes += passes_of_trials(damage, text.tokens, L)
     else:
         groups = groups_of(network, n, text)
     xs = text.embedded(network)
-    fitted = refit_groups(network, groups, xs, text.runner, ridge, first_only=first_only, **options)
+    fitted = refit_groups(network, groups, xs, text.runner, **options)
     blocks = [block for block, _ in fitted]
     text.passes += 2
     return network.with_blocks(blocks)

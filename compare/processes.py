@@ -1,8 +1,9 @@
 """Measure how much faster several processes are than one: python -m compare.processes
 
-Each has one thread, so at least as many cores must be free. The paper's method and the fit are run
-on the bundled model, by one process and by several in turn, without evaluation. What a --dry-run of
-the same command takes is the start of Python and PyTorch, and is subtracted.
+Each has one thread, so at least as many cores must be free. The paper's method and the fit, both
+with groups by similarity, are run on the bundled model, by one process and by several in turn,
+without evaluation. What a --dry-run of the same command takes is the start of Python and PyTorch,
+and is subtracted.
 """
 import os
 import statistics
@@ -42,14 +43,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = ["--ckpt", "demo/checkpoint", "--data", "python", "--samples", str(args.samples),
                    "--length", "256", "--no-eval", "--overwrite", "--out", f"{folder}/out"]
-        for script in (["flatten.py"], ["-m", "beyond.refit"]):
+        for script in ["flatten.py"], ["-m", "beyond.refit", "--group-by", "similarity"]:
             alone, together = [], []
             for _ in range(args.repeats):
                 for launcher, times in ([], alone), (launch, together):
                     command = [*launcher, *script, *options]
                     times.append(seconds(command) - seconds([*command, "--dry-run"]))
             one, several = statistics.median(alone), statistics.median(together)
-            print(f"{script[-1]:14s} one process {one:6.2f} s   {args.processes} processes "
+            print(f"{' '.join(script):39s} one process {one:6.2f} s   {args.processes} processes "
                   f"{several:6.2f} s   ratio {one / several:.2f}")
 
 

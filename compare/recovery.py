@@ -79,8 +79,8 @@ def compress(base: str, seed: int, args: argparse.Namespace) -> Path:
             windows=1, save=folder / "shortgpt", out=folder / "shortgpt-results")
         (folder / "shortgpt" / f"{source.name}-shortgpt-{args.ratio}-{seed}").rename(out)
     else:
-        run("flatten.py" if base == "paper" else "-m beyond.refit", **shared, ratio=args.ratio,
-            seed=seed, out=out, no_eval=True)
+        script = "flatten.py" if base == "paper" else "-m beyond.refit --group-by similarity"
+        run(script, **shared, ratio=args.ratio, seed=seed, out=out, no_eval=True)
     return out
 
 

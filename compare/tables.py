@@ -9,7 +9,8 @@ from compare.rows import DENSE, dense_row, finished
 # what the legend of a figure calls a method, where its name says too little
 LABELS = {"shortgpt": "blocks dropped (ShortGPT)", "flattengpt": "the paper (FlattenGPT)",
           "drop-refit": "blocks dropped, their neighbours fitted",
-          "flat-refit": "ours: merged blocks, fitted"}
+          "flat-refit": "ours: fitted, grouped by similarity",
+          "flat-refit-damage": "ours: fitted, grouped by damage"}
 
 
 def summary(values: list[float], digits: int = 2) -> str:

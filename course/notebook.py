@@ -43,7 +43,8 @@ COMMANDS = '''\
 REAL = False  # True takes about ten minutes of one core
 COMMANDS = ["pip install -q gguf", "demo.smollm2",
             "flatten --ckpt out/smollm2 --samples 32 --length 512 --no-eval",
-            "beyond.refit --ckpt out/smollm2 --samples 32 --length 512 --no-eval"]
+            "beyond.refit --ckpt out/smollm2 --samples 32 --length 512 --no-eval "
+            "--group-by similarity"]
 for command in COMMANDS if REAL else []:
     print(f"python -m {command}", flush=True)
     subprocess.run([sys.executable, "-m", *command.split()], check=True)

@@ -524,8 +524,7 @@ def test_a_trial_merge_is_the_fit_and_as_large_as_can_be_used(ckpt, text_file, t
         return {(i, i + 1): 0.0 for i in range(source.config.num_hidden_layers - 1)}
     monkeypatch.setattr(refit, "damages", no_damage)
     code, _, err = cli(refit.main, "--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length",
-                       16, "--ratio", ratio, "--group-by", "damage", "--no-eval", "--ridge", 2.0,
-                       "--out", tmp_path / "a")
+                       16, "--ratio", ratio, "--no-eval", "--ridge", 2.0, "--out", tmp_path / "a")
     assert code == 0, err
     assert seen == [(refit.PARTS, 2.0, largest)]
 
@@ -551,7 +550,7 @@ def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_f
 
 
 def test_groups_by_damage_are_at_most_three(ckpt, cli):
-    code, _, err = cli(refit.main, "--ckpt", ckpt, "--group-by", "damage", "--max-group", 4)
+    code, _, err = cli(refit.main, "--ckpt", ckpt, "--max-group", 4)
     assert code == 2 and "at most 3" in err and err.count("\n") == 1
 
 

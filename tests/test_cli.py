@@ -394,8 +394,8 @@ def test_two_passes_over_the_text_and_one_block_in_memory(tmp_path, run, monkeyp
 
 
 @pytest.mark.parametrize("script, options, passes", [
-    (flatten, [], 2), (flatten, ["--keep-wide"], 2), (refit, [], 2),
-    (refit, ["--group-by", "damage"], 4)])
+    (flatten, [], 2), (flatten, ["--keep-wide"], 2), (refit, [], 4),
+    (refit, ["--group-by", "similarity"], 2)])
 def test_every_block_is_read_once_in_each_pass(tmp_path, run, monkeypatch, script, options, passes):
     """S takes a pass, and so does merging; trial merges take one for each size of group."""
     path, reads, read = tiny.checkpoint(tmp_path / "m"), [], Checkpoint.block
@@ -432,7 +432,7 @@ def test_streamed_evaluation_reads_every_block_once(ckpt, text_file, cli, monkey
 
 
 @pytest.mark.parametrize("script, options", [
-    (flatten, []), (refit, []), (flatten, ["--keep-wide"])])
+    (flatten, []), (refit, ["--group-by", "similarity"]), (flatten, ["--keep-wide"])])
 def test_streams_end_with_the_last_joined_blocks(tmp_path, run, monkeypatch, script, options):
     """Blocks after them are copied: nothing would read what they make of the text."""
     path, out = tiny.checkpoint(tmp_path / "m", num_hidden_layers=5), tmp_path / "out"

@@ -438,8 +438,9 @@ def test_passes_of_trial_merges_are_counted():
 
 def test_trial_merges_are_made_once_for_all_ratios(monkeypatch):
     """Two and three merges of six blocks try the same groups, the control and four merges not."""
-    dense, calls, damages = random_network(6), [], flattened.damages
-    monkeypatch.setattr(flattened, "damages", lambda *a: calls.append(a[4]) or damages(*a))
+    dense, calls, try_merges = random_network(6), [], flattened.try_merges
+    monkeypatch.setattr(flattened, "try_merges",
+                        lambda *a, **options: calls.append(a[3]) or try_merges(*a, **options))
     texts = [calibration(dense, 4) for _ in range(4)]
     for text, n, first_only in zip(texts, [2, 3, 3, 4], [False, False, True, False], strict=True):
         text.measured = texts[0].measured

@@ -54,7 +54,7 @@ def test_the_memory_of_the_fit_written_out():
 
 
 @pytest.mark.parametrize("script, options, passes", [
-    (flatten, [], 2), (refit, [], 2), (refit, ["--group-by", "damage"], 4)])
+    (flatten, [], 2), (refit, [], 4), (refit, ["--group-by", "similarity"], 2)])
 def test_a_dry_run_tells_what_the_run_makes_and_reads_and_writes_nothing(
         ckpt, text_file, tmp_path, cli, monkeypatch, script, options, passes):
     arguments = ["--ckpt", ckpt, "--data", text_file, "--ratio", 0.25, "--samples", 8, "--length",
