@@ -331,8 +331,8 @@ def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, f
     """Train all of `net` that is not frozen, in float32, from the state at `path` if there is one.
 
     teach(ids, learned, done) returns a loss, and judge() the held-out loss, if that is wanted. The
-    state is saved every few minutes, and at the end. Returns `facts`, with how the training went.
-    ValueError names the step whose loss is not finite.
+    state is saved after the first step, then every few minutes, and at the end. Returns `facts`,
+    with how the training went. ValueError names the step whose loss is not finite.
     """
     trained, state = {name: p for name, p in net.named_parameters() if p.requires_grad}, {}
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -345,7 +345,8 @@ def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, f
     if judge and "held_out" not in facts:
         facts["held_out"] = [[facts["tokens"], judge()]]
     seeds = torch.randint(2**31, (args.steps,), generator=torch.Generator().manual_seed(args.seed))
-    begin, saved, loss = time.monotonic() - facts["seconds"], time.monotonic(), math.nan
+    begin, loss = time.monotonic() - facts["seconds"], math.nan
+    saved = -math.inf  # so that the first step is saved, and a full disk told at once
 
     def line() -> str:
         return f"train: loss {loss:.3f}, {facts['tokens'] / facts['seconds']:.0f} tokens/s, steps"

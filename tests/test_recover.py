@@ -311,9 +311,9 @@ def test_a_run_lowers_the_held_out_loss_of_the_bundled_model(tmp_path, cli):
     assert first[0] == 0 and last[0] == 6 * 4 * 64 and last[1] < first[1] - 0.01
 
 
-def killed(monkeypatch, step: int, small) -> tuple[int, str, str]:
-    """Interrupt a run in this step. All steps before it are saved, from here on."""
-    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", -1.0)
+def killed(monkeypatch, step: int, small, save_every: float = -1.0) -> tuple[int, str, str]:
+    """Interrupt a run in this step. By default all steps before it are saved, from here on."""
+    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", save_every)
     update, calls = torch.optim.AdamW.step, []
 
     def dying(self, *args):
@@ -349,6 +349,12 @@ def test_a_seed_decides_the_bytes_and_a_killed_run_ends_with_the_same(small, tmp
     assert not (tmp_path / "killed.unfinished").exists()
     recovery = json.loads((tmp_path / "killed" / "flatten.json").read_text())["recovery"][0]
     assert recovery["steps"] == 8 and len(recovery["held_out"]) == 9
+
+
+def test_the_first_step_is_saved_at_once_and_the_next_ones_later(small, tmp_path, monkeypatch):
+    killed(monkeypatch, 5, small, save_every=300.0)
+    with safe_open(tmp_path / "killed.unfinished", "pt") as file:
+        assert json.loads(file.metadata()["facts"])["steps"] == 1
 
 
 def test_bfloat16_learns_and_leaves_alone_what_it_does_not_train(small, tmp_path):
