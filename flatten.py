@@ -86,9 +86,10 @@ def merges_for_ratio(config: Config, ratio: float, max_group: int) -> int:
     for merges in range(1, most + 1):
         if merges * share >= ratio:
             return merges
+    larger = "; larger groups allow more" if max_group < config.num_hidden_layers else ""
     raise ValueError(f"--ratio {ratio} is out of reach: {config.num_hidden_layers} blocks in "
                      f"groups of at most {max_group} allow {most} merges, which remove "
-                     f"{most * share:.4f} of all parameters")
+                     f"{most * share:.4f} of all parameters{larger}")
 
 
 def mergeable(groups: list[list[int]], max_group: int) -> int:
@@ -249,9 +250,14 @@ def selection(wide: Weights, kept: dict, config: Config) -> Weights:
     return prune_mlp(block, channels, block["mlp.down_proj.weight"][:, channels])
 
 
-def new_reports(groups: list[list[int]], S: Tensor) -> list[dict]:
-    """Start the report of each group: its blocks, and how alike its ends are."""
-    return [{"blocks": group, "similarity": float(S[group[0], group[-1]])} for group in groups]
+def new_reports(groups: list[list[int]], S: Tensor, damage: dict | None = None) -> list[dict]:
+    """Start the report of each group: its blocks, how alike its ends are, its damage if known.
+
+    damage[first, last] is that of a group of these blocks, see beyond/grouping.py.
+    """
+    return [{"blocks": group, "similarity": float(S[group[0], group[-1]])}
+            | ({"damage": damage[group[0], group[-1]]} if damage and len(group) > 1 else {})
+            for group in groups]
 
 
 def tell(blocks: Iterator[tuple[Weights, dict]], source: Checkpoint, groups: list[list[int]],
@@ -285,7 +291,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="in mean eigenvalues: the paper's (default 10), or the fit's for one "
                              "feature per token (default 3)")
     parser.add_argument("--max-group", type=int,
-                        help="most blocks to join into one (default: no limit; 2: pairs only)")
+                        help="most blocks to join into one (default: no limit, but 3 for groups "
+                             "by damage; 2: pairs only)")
     parser.add_argument("--dry-run", action="store_true",
                         help="print what the run would make and take, and end")
     parser.add_argument("--explain", action="store_true", help="say more about what was chosen")
@@ -347,10 +354,11 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, 
     """
     check_flattenable(source)
     defaults(args, {"ridge": ridge})
-    args.max_group = largest if args.max_group is None else args.max_group
-    if args.max_group is not None and not 2 <= args.max_group <= (largest or args.max_group):
-        limit = f" and at most {largest}" if largest else ""
-        raise ValueError(f"--max-group must be at least 2{limit}; got {args.max_group}")
+    given = args.max_group
+    if given is not None and not 2 <= given <= (largest or given):
+        limit = f" and at most {largest} (with --group-by similarity any)" if largest else ""
+        raise ValueError(f"--max-group must be at least 2{limit}; got {given}")
+    args.max_group = given or largest
     args.out = args.out or Path("out") / f"{source.name}-{kind}-{args.ratio}"
     if not args.no_eval and set(args.data or []) == {SELF}:
         args.no_eval = True
@@ -361,13 +369,14 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, 
         windows_of(torch.tensor(load_tokenizer(source.path).encode(text)), args.length)
     most = args.max_group or source.config.num_hidden_layers
     merges = merges_for_ratio(source.config, args.ratio, most)
-    if args.max_group is None:
+    if given is None:
         dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
         windows = len(parallel.share(range(args.samples)))
         group = partial(memory, source.config, windows, args.length, dtype.itemsize)
-        fitting = forecast.largest_group(group, merges + 1, args.device)
+        wanted = min(most, merges + 1)
+        fitting = forecast.largest_group(group, wanted, args.device)
         fitting = int(parallel.whole(torch.tensor([fitting])).min())  # of all processes
-        if fitting <= merges:
+        if fitting < wanted:
             args.max_group = fitting
             print(f"the free memory is too little for groups of {fitting + 1} blocks: --max-group "
                   f"{fitting} (another one can be given)")

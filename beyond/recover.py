@@ -5,8 +5,8 @@ every projection, or the last blocks with norm and head (--last), or everything 
 model learns from is one of four (--loss; see beyond/lessons.py). A LoRA is merged at the end, so
 the result is an ordinary checkpoint of the same shapes.
 
-A run is saved beside its output every few minutes. After a kill the same command with --resume goes
-on from there, and ends with the same weights.
+A run is saved beside its output after its first step and every few minutes. After a kill the same
+command with --resume goes on from there, and ends with the same weights.
 
     python -m beyond.recover --ckpt out/NAME-refit-0.2 --teacher PATH
     python -m beyond.recover --ckpt out/NAME-refit-0.2 --teacher PATH --data questions.json

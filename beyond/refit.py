@@ -24,7 +24,7 @@ Start reading at Fit.attention and Fit.fit_heads; Fit.mlp and Fit.fit_channels a
 
     python -m beyond.refit --ckpt PATH --ratio 0.2      groups by what merging them does
     python -m beyond.refit --ckpt PATH --ratio 0.2 --group-by similarity
-                                                        as in the paper, in less than half the time
+                                                        as in the paper, which is faster
 """
 import argparse
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ from torch import Tensor
 
 import console
 import parallel
-from beyond.grouping import LARGEST, Damage, damages, evenly, least_damage
+from beyond.grouping import LARGEST, Damage, damages, evenly, least_damage, split
 from beyond.regression import (
     RIDGE,
     alignment,
@@ -511,13 +511,16 @@ def try_merges(source, tokens: Tensor, runner: Runner, merges: int, largest: int
                ridge: float = RIDGE, **options) -> Damage:
     """Measure the damage of groups that refit_groups would merge with this ridge and these options.
 
-    Groups have at most `largest` blocks, and as many as `merges` can join. See grouping.damages.
+    Groups have at most `largest` blocks, and no more than `merges` merges can join. See
+    grouping.damages.
     """
     def trial(dense: Tensor) -> tuple[Callable, Callable]:
         fit = Fit(dense, runner, ridge, **options)
         return fit.attention, fit.mlp
     largest, mine = min(largest, merges + 1), parallel.share(tokens)
     needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, largest)
+    needs["streams of trials"] = (source.config.num_hidden_layers - 1) * stream(
+        source.config, *parallel.share(split(tokens)[1]).shape, runner.dtype.itemsize)
     return damages(source, tokens, runner, trial, merges, needs, largest)
 
 
@@ -561,27 +564,28 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     by_damage = args.group_by == "damage"
     merges = plan(source, args, "refit", RIDGE, fitting, LARGEST if by_damage else None)
+    largest = min(args.max_group, merges + 1) if by_damage else 1  # group to try
     if args.dry_run:
-        sizes = min(args.max_group, merges + 1) - 1 if by_damage else 0  # of groups to try
-        if by_damage:  # all pairs, and about half of the longer groups
-            print(f"about {source.config.num_hidden_layers * (sizes + 1) // 2} merges are tried "
-                  "first, on little text; --group-by similarity does without")
-        return foretell(source, args, merges, fitting, passes=2 + sizes)
+        if by_damage:
+            print(f"first, {source.config.num_hidden_layers - 1} pairs of neighbours "
+                  f"{'and half or all of the triples ' if largest > 2 else ''}are merged for "
+                  "trial, each on little text; not with --group-by similarity")
+        return foretell(source, args, merges, fitting, passes=1 + largest)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, name = read_tokens(source.path, args)            # (N, T)
         runner = start_runner(source, args, name)
         S = measure(source, tokens, runner).S                    # (L, L)
         if by_damage:
-            damage = try_merges(source, tokens, runner, merges, args.max_group, args.ridge)
+            damage = try_merges(source, tokens, runner, merges, largest, args.ridge)
             groups = least_damage(damage, len(S), merges)
         else:
-            groups = select_groups(S, merges, args.max_group or len(S))
+            damage, groups = {}, select_groups(S, merges, args.max_group or len(S))
         mine = parallel.share(tokens)                            # all, in one process
         needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, max(map(len, groups)))
         xs = embed(source.outer(), mine, runner.dtype)           # (N, T, C), enters block 0
         xs = runner.home(xs, needs)
         blocks = refit_groups(source, groups, xs, runner, args.ridge)
-        reports = new_reports(groups, S)
+        reports = new_reports(groups, S, damage)
         for block in tell(blocks, source, groups, reports):
             writer.add(block)
         record = {"method": "FlattenGPT (arXiv 2602.08858), fitted to the dense model",

@@ -141,17 +141,17 @@ def compare_forward(ckpt: Path, out: Path, ids: Tensor, args: argparse.Namespace
         "one forward, ours": lambda: each(ours),
         "perplexity in transformers": lambda: each(their_loss),
         "perplexity, ours": lambda: losses(ours, ids, args.device),
-        "the fit": lambda: run_quietly(refit, [*line, "--group-by", "similarity"]),
+        "the fit by similarity": lambda: run_quietly(refit, [*line, "--group-by", "similarity"]),
         "flatten.py": lambda: run_quietly(flatten, line),
     }, args.repeats, args.device)
     for name, seconds in spent.items():
         print(f"{name:30s} {seconds:8.2f} s   {ids.numel() / seconds:10,.0f} tokens/s")
     base = spent["one forward in transformers"]
+    fit = spent["the fit by similarity"] / spent["flatten.py"]
     run, forward = spent["flatten.py"] / base, base / spent["one forward, ours"]
     perplexity = spent["perplexity in transformers"] / spent["perplexity, ours"]
     print(f"run / forward in transformers          {run:.2f}   (target: at most 2.4)")
-    print(f"the fit / flatten.py                   {spent['the fit'] / spent['flatten.py']:.2f}   "
-          "(target: at most 1.5)")
+    print(f"the fit by similarity / flatten.py     {fit:.2f}   (target: at most 1.5)")
     print(f"forward, transformers / ours           {forward:.2f}   (target: at least 1)")
     print(f"perplexity, transformers / ours        {perplexity:.2f}   (target: at least 1)\n")
 

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from beyond.grouping import LARGEST, Damage, least_damage, split
 from beyond.refit import refit_groups, try_merges
-from beyond.regression import RIDGE
 from compare.network import Calibration, Network
 from flatten import flatten_blocks, keep_wide, merge_groups, mergeable, paper, select_groups
 from prune import leverage_score
@@ -50,20 +49,21 @@ def flattengpt(network: Network, n: int, text: Calibration, ridge: float = 10.0,
     return network.with_blocks(blocks, ordinary=heads and channels)
 
 
-def refit(network: Network, n: int, text: Calibration, ridge: float = RIDGE,
-          by_damage: bool = False, first_only: bool = False, **options) -> Network:
+def refit(network: Network, n: int, text: Calibration, by_damage: bool = False,
+          **options) -> Network:
     """Fit every merged block to the dense model's streams (beyond/refit.py).
 
     Groups are those of the paper, or with by_damage=True those that do the least measured damage.
-    With first_only=True nothing is flattened: of each group the first block is fitted to what all
-    do, and the others are left out. This control says what fitting is worth without flattening.
-    `options` are more of Fit's.
+    `options` are those of refit_groups. With first_only=True nothing is flattened: of each group
+    the first block is fitted to what all do, and the others are left out. This control says what
+    fitting is worth without flattening.
     """
-    options |= {"ridge": ridge, "first_only": first_only}
     if by_damage:
         L = len(network.blocks)
-        same = min(LARGEST, n + 1), n > L // 2, *options.items()  # then the trials are the same
-        damage = text.once(network, same, lambda: try_merges(
+        # Other numbers of merges have the same trials, if groups may be as long (try_merges), and
+        # if as many of these are tried (grouping.candidates).
+        key = min(LARGEST, n + 1), n > L // 2, *sorted(options.items())
+        damage = text.once(network, key, lambda: try_merges(
             network, text.tokens, text.runner, n, **options))
         groups = least_damage(damage, L, n)
         text.passes += passes_of_trials(damage, text.tokens, L)

@@ -3,8 +3,9 @@
 All have the same loader, the same calibration ids, the same evaluator, and the same number of
 parameters to remove. A cell is one method at one ratio with one seed of the calibration text.
 Methods that search (SLEB, LaCo and so on) judge each trial by the first --trials windows of it.
-Methods hold the whole model in memory. The dense model is read once, and measured once a seed. That
-measurement's seconds and its pass count for every method that asks for it.
+Methods hold the whole model in memory. The dense model is read once, and measured once a seed.
+Trial merges are made once a seed for all ratios. Their seconds and passes count for every method
+that asks for them.
 
 Finished cells are kept in OUT/results.jsonl and not repeated; a failed cell is a row that says why.
 OUT also gets the table (table.md) and, with matplotlib, two figures.

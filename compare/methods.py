@@ -59,12 +59,13 @@ METHODS = {
     "flat-refit": (flattened.refit, "ours: fitted to the dense model, grouped by similarity"),
     "flat-refit-damage": (fit(by_damage=True), "ours: fitted, grouped by damage (the default)"),
     "flat-refit-swaps": (fit(eliminators=swaps.SWAPPING),
-                         "ours: fitted, with OSSCAR's swaps (arXiv 2403.12983)"),
+                         "ours: flat-refit with OSSCAR's swaps (arXiv 2403.12983)"),
     **{f"flat-refit-no-{part}": (fit(parts=tuple(set(PARTS) - {part})),
-                                 f"ours: fitted, without {what}")
+                                 f"ours: flat-refit without {what}")
        for part, what in (("align", "alignment"), ("eliminate", "elimination"),
                           ("values", "new values"), ("dense", "the dense target"))},
-    **{f"flat-refit-ridge-{ridge:g}": (fit(ridge=ridge), f"ours: ridge {ridge:g}, not {RIDGE:g}")
+    **{f"flat-refit-ridge-{ridge:g}": (fit(ridge=ridge),
+                                       f"ours: flat-refit, ridge {ridge:g}, not {RIDGE:g}")
        for ridge in (0.1, 1.0, 10.0)},
     "flat-wide": (flattened.wide, f"{PAPER}: flattening alone, no parameter removed"),
     "flat-heads-only": (ablation(channels=False), f"{PAPER}: only heads pruned"),

@@ -116,7 +116,7 @@ class Calibration:
         self.passes = self.saved = 0.0
 
     def once(self, network: Network, what: Hashable, measure: Callable[[], Any]) -> Any:
-        """Return measure(), the result of a measurement of the network that is called `what`."""
+        """Return what measure() finds out about a network. It runs once for each name, `what`."""
         results = self.measured.setdefault(network, {})
         if what in results:
             self.saved += results[what][1]

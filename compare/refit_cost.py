@@ -5,7 +5,8 @@ fit runs the members beside the merged block, and compares n = 1.5 F channels in
 1.6 to 1.8 n^3 flops in float64 and two matrices of n^2 numbers, however much text there is. So
 the fit's share falls with more text.
 
-The time of the whole run at --ratio is put together from these parts. Both methods measure every
+The time of the whole run at --ratio, with groups by similarity, is put together from these parts.
+Both methods measure every
 block once, on as much of the text as calibrate.measure takes. Blocks that are not merged run once
 more, up to the last pair; after the first pair the fit sends two streams through them, the paper's
 method one. So two numbers are given: all pairs at the end, and the first pair at the start with the

@@ -20,6 +20,7 @@ def row(group: dict, config: Config) -> str:
     """Describe a group in one line: what was joined, what each member kept, and the errors."""
     first, last = group["blocks"][0], group["blocks"][-1]
     line = f"blocks {first}-{last}   similarity {group['similarity']:.3f}"
+    line += f"   damage {group['damage']:.3f}" if "damage" in group else ""
     if numbers := kept(group, config):
         line += f"   heads {numbers['heads']}   channels {numbers['channels']}"
         line += " (q_norm, k_norm: attention of one member, whole)" if config.qk_norm else ""
@@ -41,6 +42,9 @@ def explain(groups: list[dict], S: Tensor, config: Config) -> None:
               f"{width * config.intermediate_size} channels have "
               f"{group['effective_dimension']:.1f} effective dimensions at ridge "
               f"{group['ridge']:.3g}")
+    if any("damage" in group for group in groups):
+        print("damage: how far the predictions move from the dense model's if these blocks alone "
+              "are merged, KL in nats a token")
     print("errors: |y - dense| / |dense - x|, mean over tokens of one calibration window in "
           "sixteen\n"
           "  flattened     the blocks side by side\n"

@@ -44,6 +44,7 @@ RESULTS = HERE.parent / "compare" / "results" / "smollm2" / "results.jsonl"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 LOOPS = RESULTS.parents[1] / "loops.jsonl"
 BLUE, ORANGE, GREEN, GREY, INK = "#4878a8", "#d98032", "#6a9a58", "#c8c8c8", "#444444"
+LIGHT = "#ecc096"  # orange
 UNIT = 0.4  # width of a head in the sketch of the method
 
 
@@ -279,7 +280,9 @@ def real_llm(path: Path, rows: list[dict]) -> None:
     fig, ax = plt.subplots(figsize=(6.4, 3.4))
     for name, method, color in (("the paper", "flattengpt", BLUE),
                                 ("blocks dropped (ShortGPT)", "shortgpt", GREY),
-                                ("ours: fitted, without training", "flat-refit", ORANGE)):
+                                ("control: dropped, what stays fitted", "drop-refit", GREEN),
+                                ("the fit by similarity", "flat-refit", LIGHT),
+                                ("the fit (ours, without training)", "flat-refit-damage", ORANGE)):
         points = sorted((row["removed"], row["perplexity"][text]) for row in [dense, *rows]
                         if row is dense or (row["method"] == method and "error" not in row))
         ax.plot(*zip(*points, strict=True), marker="o", color=color, label=name)

@@ -513,20 +513,25 @@ def test_damage_is_that_of_the_model_with_one_merge():
     assert damage.keys() == {(0, 1), (2, 3), triple}
 
 
-@pytest.mark.parametrize("ratio, largest", [(0.1, 2), (0.2, 3)])
+@pytest.mark.parametrize("ratio, largest, damages", [(0.1, 2, [0.0]), (0.2, 3, [0.0, 0.25])])
 def test_a_trial_merge_is_the_fit_and_as_large_as_can_be_used(ckpt, text_file, tmp_path, cli,
-                                                              monkeypatch, ratio, largest):
+                                                              monkeypatch, ratio, largest, damages):
     seen = []
 
     def no_damage(source, tokens, runner, halves, merges, needs, largest):
         attention, _ = halves(torch.zeros(1, 4, 32))
-        seen.append((attention.__self__.parts, attention.__self__.ridge, largest))
-        return {(i, i + 1): 0.0 for i in range(source.config.num_hidden_layers - 1)}
+        streams = needs["streams of trials"]
+        seen.append((attention.__self__.parts, attention.__self__.ridge, largest, streams))
+        return {(i, i + 1): i / 8 for i in range(source.config.num_hidden_layers - 1)}
     monkeypatch.setattr(refit, "damages", no_damage)
-    code, _, err = cli(refit.main, "--ckpt", ckpt, "--data", text_file, "--samples", 4, "--length",
-                       16, "--ratio", ratio, "--no-eval", "--ridge", 2.0, "--out", tmp_path / "a")
+    code, out, err = cli(refit.main, "--ckpt", ckpt, "--data", text_file, "--samples", 4,
+                         "--length", 16, "--ratio", ratio, "--no-eval", "--ridge", 2.0, "--out",
+                         tmp_path / "a")
     assert code == 0, err
-    assert seen == [(refit.PARTS, 2.0, largest)]
+    assert seen == [(refit.PARTS, 2.0, largest, 4 * 2 * 16 * 32 * 4)]  # four pairs, two windows
+    groups = json.loads((tmp_path / "a" / "flatten.json").read_text())["groups"]
+    assert [group.get("damage") for group in groups if len(group["blocks"]) > 1] == damages
+    assert f"damage {damages[0]:.3f}" in out
 
 
 @pytest.mark.parametrize("group_by", ["similarity", "damage"])

@@ -446,6 +446,8 @@ def test_trial_merges_are_made_once_for_all_ratios(monkeypatch):
         text.measured = texts[0].measured
         flattened.refit(dense, n, text, by_damage=True, first_only=first_only)
     assert calls == [2, 3, 4]  # the second cell made none
+    two, three = (try_merges(dense, texts[0].tokens, texts[0].runner, n) for n in (2, 3))
+    assert two == three
     assert texts[0].passes == texts[1].passes and texts[1].saved > 0
     assert [text.saved for text in texts if text is not texts[1]] == [0, 0, 0]
 

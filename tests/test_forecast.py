@@ -136,12 +136,16 @@ def test_a_gpu_reads_as_many_tokens_at_a_time_as_memory_allows(monkeypatch):
         assert forecast.batch_tokens(LLAMA2_7B, torch.device("cpu"), 2) == 2048
 
 
-def test_a_group_that_memory_does_not_hold_is_not_planned(ckpt, cli, monkeypatch):
+@pytest.mark.parametrize("main", [flatten.main, refit.main])
+def test_a_group_that_memory_does_not_hold_is_not_planned(ckpt, cli, monkeypatch, main):
     arguments = "--ckpt", ckpt, "--ratio", 0.2, "--dry-run"
-    assert "--max-group" not in cli(flatten.main, *arguments)[1]
+    told = cli(main, *arguments)[1]
+    assert "--max-group" not in told
+    assert ("4 pairs of neighbours and" in told) == (main is refit.main)
     monkeypatch.setattr(forecast, "free_memory", lambda device: 0)
-    code, told, _ = cli(flatten.main, *arguments)
+    code, told, _ = cli(main, *arguments)
     assert code == 0 and "too little for groups of 3 blocks: --max-group 2" in told
-    assert told.count(" blocks  ") == 1
-    code, _, error = cli(flatten.main, "--ckpt", ckpt, "--ratio", 0.5, "--dry-run")
-    assert code == 2 and "groups of at most 2 allow 2 merges" in error
+    assert told.count(" blocks  ") == 1 and "triples" not in told
+    code, _, error = cli(main, "--ckpt", ckpt, "--ratio", 0.5, "--dry-run")
+    most = "2 allow 2 merges" if main is flatten.main else "3 allow 3 merges"
+    assert code == 2 and f"groups of at most {most}" in error and "larger groups" in error
