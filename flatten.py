@@ -86,7 +86,9 @@ def merges_for_ratio(config: Config, ratio: float, max_group: int) -> int:
     for merges in range(1, most + 1):
         if merges * share >= ratio:
             return merges
-    larger = "; larger groups allow more" if max_group < config.num_hidden_layers else ""
+    reachable = (config.num_hidden_layers - 1) * share >= ratio
+    larger = ("; larger groups reach it (--max-group, and for the fit --group-by similarity)"
+              if reachable else "")
     raise ValueError(f"--ratio {ratio} is out of reach: {config.num_hidden_layers} blocks in "
                      f"groups of at most {max_group} allow {most} merges, which remove "
                      f"{most * share:.4f} of all parameters{larger}")
