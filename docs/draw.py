@@ -287,7 +287,7 @@ def real_llm(path: Path, rows: list[dict]) -> None:
                         if row is dense or (row["method"] == method and "error" not in row))
         ax.plot(*zip(*points, strict=True), marker="o", color=color, label=name)
     ax.axhline(dense["perplexity"][text], color=INK, linewidth=1, linestyle=":", label="dense")
-    ax.set(xlabel="share of all parameters removed", ylabel=f"perplexity, {text}")
+    ax.set(xlabel="share of all parameters removed", ylabel=f"perplexity, {text}", yscale="log")
     ax.legend(frameon=False, fontsize=8)
     save(fig, path)
 
