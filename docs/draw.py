@@ -288,6 +288,8 @@ def real_llm(path: Path, rows: list[dict]) -> None:
         ax.plot(*zip(*points, strict=True), marker="o", color=color, label=name)
     ax.axhline(dense["perplexity"][text], color=INK, linewidth=1, linestyle=":", label="dense")
     ax.set(xlabel="share of all parameters removed", ylabel=f"perplexity, {text}", yscale="log")
+    ax.set_yticks([30, 100, 300, 1000, 3000], ["30", "100", "300", "1000", "3000"])
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
     save(fig, path)
 
