@@ -564,8 +564,8 @@ def main() -> None:
     source = Checkpoint(args.ckpt)
     by_damage = args.group_by == "damage"
     merges = plan(source, args, "refit", RIDGE, fitting, LARGEST if by_damage else None)
-    largest = min(args.max_group, merges + 1) if by_damage else 1  # group to try
     if args.dry_run:
+        largest = min(args.max_group, merges + 1) if by_damage else 1  # group to try
         if by_damage:
             print(f"first, {source.config.num_hidden_layers - 1} pairs of neighbours "
                   f"{'and half or all of the triples ' if largest > 2 else ''}are merged for "
@@ -576,7 +576,7 @@ def main() -> None:
         runner = start_runner(source, args, name)
         S = measure(source, tokens, runner).S                    # (L, L)
         if by_damage:
-            damage = try_merges(source, tokens, runner, merges, largest, args.ridge)
+            damage = try_merges(source, tokens, runner, merges, args.max_group, args.ridge)
             groups = least_damage(damage, len(S), merges)
         else:
             damage, groups = {}, select_groups(S, merges, args.max_group or len(S))

@@ -1,11 +1,10 @@
 """Compare recoveries at equal tokens: every way to compress, then every way to train.
 
 Compressed is by dropping blocks (ShortGPT), by the paper, and by the fit with groups by similarity.
-Each of these is then
-trained in every way of beyond.recover on the same windows. Each step is a command of this project,
-which the row records. Finished rows are kept in OUT/results.jsonl and not repeated. OUT also gets
-table.md and, with matplotlib, loss.svg: held-out loss against tokens. --dtype is what
-training computes in. Judging is in float32.
+Each of these is then trained in every way of beyond.recover on the same windows. Each step is a
+command of this project, which the row records. Finished rows are kept in OUT/results.jsonl and not
+repeated. OUT also gets table.md and, with matplotlib, loss.svg: held-out loss against tokens.
+--dtype is what training computes in. Judging is in float32.
 
     python -m compare.recovery --ckpt demo/checkpoint --data python --steps 80 --batch 4
 """

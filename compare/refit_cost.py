@@ -6,11 +6,10 @@ fit runs the members beside the merged block, and compares n = 1.5 F channels in
 the fit's share falls with more text.
 
 The time of the whole run at --ratio, with groups by similarity, is put together from these parts.
-Both methods measure every
-block once, on as much of the text as calibrate.measure takes. Blocks that are not merged run once
-more, up to the last pair; after the first pair the fit sends two streams through them, the paper's
-method one. So two numbers are given: all pairs at the end, and the first pair at the start with the
-others at the end, where the fit costs most.
+Both methods measure every block once, on as much of the text as calibrate.measure takes. Blocks
+that are not merged run once more, up to the last pair; after the first pair the fit sends two
+streams through them, the paper's method one. So two numbers are given: all pairs at the end, and
+the first pair at the start with the others at the end, where the fit costs most.
 
     python -m compare.refit_cost --shape tinyllama --samples 128 --length 1024
 
