@@ -12,6 +12,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # pytest -n auto has a process for each core
 torch.set_num_threads(min(int(os.environ.get("OMP_NUM_THREADS", 2)), console.cores()))
 
+LONGEST = ("test_walkthrough.py", "test_demo.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests: at the end one process would run them and the others wait."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture
 def ckpt(tmp_path):

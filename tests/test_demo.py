@@ -17,10 +17,10 @@ from text.tokenizer import load_tokenizer
 def test_joining_blocks_costs_less_than_pruning_them_and_that_less_than_dropping():
     source, tokenizer = Checkpoint(BUNDLED), load_tokenizer(BUNDLED)
     ids, judged = (torch.tensor(tokenizer.encode(text(evaluation))) for evaluation in (False, True))
-    tokens = calibration_tokens(ids, 32, 256, seed=0)
+    tokens = calibration_tokens(ids, 16, 256, seed=0)
     runner = Runner(source.config, 256, "cpu", torch.float32)
     _, models = variants(source, 0.2, None, 10.0, tokens, runner)
-    windows, scores = windows_of(judged, 256)[::8], {}
+    windows, scores = windows_of(judged, 256)[::16], {}
     for name, network in models.items():
         loss = losses(whole(network, runner), windows, "cpu").double().mean()
         scores[name] = math.exp(loss)
