@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import console
-from beyond import recover
+from beyond import material, training
 from beyond.lessons import label_losses, streams
 from beyond.lora import add_lora
 from checkpoint.reader import Checkpoint
@@ -114,13 +114,13 @@ def main() -> None:
     add("--lora", action="store_true", help="train a LoRA of all blocks, too")
     add("--no-connector", action="store_true", help="start a pass from the end of the one before")
     add("--rows", type=Path, help="append the result to this file as a JSON line")
-    args = recover.training_args(parser, 1e-3)
+    args = training.training_args(parser, 1e-3)
     args.judge = args.passes if args.judge is None else args.judge
     if min(args.passes, args.judge, args.beta) < 1 or not math.isfinite(args.beta):
         raise ValueError("--passes, --judge and --beta must be at least 1, and --beta finite")
     if not args.lora and (args.no_connector or args.passes == 1):
         raise ValueError("nothing to train: give --lora, or --passes 2 without --no-connector")
-    if any(map(recover.is_json, args.data or [])):
+    if any(map(material.is_json, args.data or [])):
         raise ValueError("--data: a loop learns from plain text, not from JSON")
     source = Checkpoint(args.ckpt)
     out = args.out or Path("out") / f"{source.name}-loop.safetensors"
@@ -128,10 +128,10 @@ def main() -> None:
         raise ValueError(f"--rows {args.rows} is a folder or the output; name another file")
     text, name = held_out_text(args.data)
     windows = windows_of(load_tokenizer(source.path).encode(text), args.length, args.max_windows)
-    texts, _, about = recover.read_lessons(args, source)
+    texts, _, about = material.read_lessons(args, source)
     run = {name: getattr(args, name) for name in OPTIONS} | about | {
         "source": str(source.path), "source_sha256": source.digest()}
-    recover.read_state(out, run, {})  # a wrong --out is told before the model is loaded
+    training.read_state(out, run, {})  # a wrong --out is told before the model is loaded
     net = load(source.path, args.device, compute_dtype(args.dtype, args.device, source.dtype))
     connector = None if args.no_connector or args.passes == 1 else Connector(net)
     if args.lora:
@@ -140,8 +140,8 @@ def main() -> None:
 
     def teach(ids: Tensor, learned: Tensor, done: float) -> Tensor:
         return monotonic_loss(token_losses(net, connector, args.passes, ids), args.beta)
-    with recover.alone(out, "the same command goes on there"):
-        facts = recover.train(teach, parts, texts, out, run, {}, args)
+    with training.alone(out, "the same command goes on there"):
+        facts = training.train(teach, parts, texts, out, run, {}, args)
     print(f"{out}: {facts['steps']} steps, {facts['tokens']:,} tokens, {facts['seconds']:.0f} s; "
           f"no ordinary checkpoint\njudged on {len(windows)} windows of {args.length} tokens of "
           f"{name}\n| pass | perplexity | tokens that improved at every pass |\n|---|---|---|")

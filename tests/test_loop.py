@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import beyond.loop
 import beyond.recursion
+import beyond.training
 import evaluate
 from beyond.loop import Loop, looped
 from beyond.lora import add_lora
@@ -289,15 +290,15 @@ def test_a_token_made_worse_weighs_beta_in_training(train, tmp_path):
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(train, tmp_path, monkeypatch):
     expected = cells(train("--lora")[1])
     (tmp_path / "new" / "loop.safetensors").unlink()
-    draw, left = beyond.recover.draw, [3]
+    draw, left = beyond.training.draw, [3]
 
     def killed(*args):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         return draw(*args)
-    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(beyond.recover, "draw", killed)
+    monkeypatch.setattr(beyond.training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(beyond.training, "draw", killed)
     code, _, err = train("--lora")
     assert code == 2 and "last save; the same command goes on there" in err
     left[0] = 1  # one step is left, so a run from the start would be killed again
@@ -331,7 +332,7 @@ def test_rows_that_cannot_be_written_are_told_before_loading(train, tmp_path, mo
 
 
 def test_a_second_run_into_one_file_is_refused_as_long_as_the_first_lives(train, tmp_path):
-    with beyond.recover.alone(tmp_path / "new" / "loop.safetensors", ""):
+    with beyond.training.alone(tmp_path / "new" / "loop.safetensors", ""):
         code, _, err = train()
         assert code == 2 and "another run is writing" in err and len(err.splitlines()) == 1
     assert not list((tmp_path / "new").iterdir())

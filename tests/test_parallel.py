@@ -23,8 +23,9 @@ import evaluate
 import flatten
 import parallel
 from beyond.grouping import damages
-from beyond.recover import draw, held_out_loss, sum_gradients
+from beyond.material import draw
 from beyond.refit import Fit, refit_groups
+from beyond.training import held_out_loss, sum_gradients
 from calibrate import measure, write
 from checkpoint.reader import Checkpoint
 from demo import tour

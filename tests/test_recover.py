@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import beyond.recover
+import beyond.training
 import compare.recovery
 import flatten
 from beyond.lessons import (
@@ -26,7 +27,8 @@ from beyond.lessons import (
     teacher_loss,
 )
 from beyond.lora import LoRA, add_lora, merge_lora
-from beyond.recover import draw, held_out_loss, rate, read_lesson, split
+from beyond.material import draw, read_lesson, split
+from beyond.training import held_out_loss, rate
 from checkpoint.reader import Checkpoint
 from checkpoint.writer import Writer
 from compare.harness import groups_left
@@ -35,6 +37,7 @@ from compare.recovery import table as recovery_table
 from compare.recovery import tokens_to
 from model import Block, Transformer, load
 from text import stdlib
+from text.tokenizer import load_tokenizer
 
 GROUPS = [[0], [1, 2], [3, 4]]
 
@@ -229,7 +232,7 @@ def test_of_an_instruction_only_the_answer_is_learned(ckpt, tmp_path):
             for k in range(40)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
-    tokenizer = beyond.recover.load_tokenizer(ckpt)
+    tokenizer = load_tokenizer(ckpt)
     texts, name = read_lesson(path, tokenizer, (2,), 200)
     assert name == "rows.json" and len(texts) == 40
     learning, judging = split(texts)
@@ -313,7 +316,7 @@ def test_a_run_lowers_the_held_out_loss_of_the_bundled_model(tmp_path, cli):
 
 def killed(monkeypatch, step: int, small, save_every: float = -1.0) -> tuple[int, str, str]:
     """Interrupt a run in this step. By default all steps before it are saved, from here on."""
-    monkeypatch.setattr(beyond.recover, "SAVE_EVERY", save_every)
+    monkeypatch.setattr(beyond.training, "SAVE_EVERY", save_every)
     update, calls = torch.optim.AdamW.step, []
 
     def dying(self, *args):
@@ -430,7 +433,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(small, tmp_path, m
 
 def test_a_second_run_into_one_output_is_refused_as_long_as_the_first_lives(small, tmp_path):
     """Also before the first has saved anything, and with --resume."""
-    with beyond.recover.alone(tmp_path / "recovered.unfinished", ""):
+    with beyond.training.alone(tmp_path / "recovered.unfinished", ""):
         for options in ((), ("--resume",)):
             code, _, err = small(*options)
             assert code == 2 and "another run is writing" in err and err.count("\n") == 1
@@ -444,7 +447,7 @@ def test_a_result_that_cannot_be_written_is_not_trained_again(small, tmp_path, m
         patch.setattr(Writer, "_flush", lambda self: (_ for _ in ()).throw(OSError("disk full")))
         code, _, err = small(out="two")
         assert code == 2 and "disk full" in err and not (tmp_path / "two").exists()
-    monkeypatch.setattr(beyond.recover, "rate", None)  # which every step calls
+    monkeypatch.setattr(beyond.training, "rate", None)  # which every step calls
     code, _, err = small("--resume", out="two")
     assert code == 0 and weights(tmp_path / "two") == weights(tmp_path / "one"), err
 
