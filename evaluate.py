@@ -11,7 +11,6 @@ float32, over its 2047 predictions. The perplexity is exp of the mean over windo
 
 Zero-shot accuracy is a command of its own: python -m compare.zeroshot.
 """
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -278,9 +277,6 @@ def main() -> None:
                         help="keep one block in memory at a time; the numbers stay the same")
     parser.add_argument("--prompt", help="also continue this text")
     add_device_options(parser)
-    if any(word.partition("=")[0] in ("--tasks", "--limit") for word in sys.argv):
-        raise ValueError("--tasks moved to a command of its own: "
-                         "python -m compare.zeroshot --help")
     args = parser.parse_args()
     if args.window < 2 or (args.max_windows is not None and args.max_windows < 1):
         raise ValueError("--window must be at least 2, and --max-windows at least 1")

@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,7 @@ from console.page import page
 from console.picture import add_picture_options, check_pictures, draw
 from console.report import explain, row
 from evaluate import compare, probe, relative_error, sample, through, windows_of
-from model import Runner, check_finite, embed
+from model import Runner, check_finite, embed, sum_dtype
 from prune import of_block, prune_attention, prune_channels, prune_heads, prune_mlp
 from text.tokenizer import load_tokenizer
 from text.wikitext import PYTHON, SELF, find, held_out_text
@@ -140,7 +139,7 @@ def fold_norms(block: Weights) -> Weights:
     """
     folded = dict(block)
     for norm, readers in READS.items():
-        a = block[norm].to(torch.promote_types(block[norm].dtype, torch.float32))
+        a = block[norm].to(sum_dtype(block[norm].dtype))
         folded |= {name: (block[name].to(a.dtype) * a).to(block[name].dtype) for name in readers}
         folded[norm] = torch.ones_like(block[norm])
     return folded
@@ -240,7 +239,9 @@ def errors(members: list[Weights], block: Weights, kept: dict, start: Tensor,
         made["flattened"] = wide
     if "channels" in kept:
         made |= {"selected": selection(wide, kept, runner.config), "compensated": block}
-    target = through(members if made else [], start, runner)
+    if not made:
+        return {}
+    target = through(members, start, runner)
     return {f"error_{name}": relative_error(through([weights], start, runner), target, start)
             for name, weights in made.items()}
 
@@ -311,10 +312,6 @@ def parse_args() -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--keep-wide", action="store_true",
                         help="save the wide blocks, unpruned (our loader only)")
-    given = {word.partition("=")[0] for word in sys.argv}
-    if moved := sorted({"--refit", "--group-by"} & given):
-        raise ValueError(f"{' and '.join(moved)} moved to a command of its own: "
-                         "python -m beyond.refit --help")
     args = parser.parse_args()
     check_pictures(args)
     if args.ckpt is None:

@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(weight), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = x.to(sum_dtype(x.dtype))
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 

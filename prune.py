@@ -5,7 +5,7 @@ hands to o_proj times the size of the rows of W_O that read it. A KV head stays 
 with the query heads that it serves.
 
 Channels: psi is what the channels hand to down_proj, C = E[psi psi^T] a mean over the tokens of the
-calibration text, and lambda a ridge.
+calibration text, and lambda a ridge. (The width of the stream, C in model.py, is d in this file.)
 
     s_i = [ C (C + lambda I)^-1 ]_ii                                 ridge leverage
     W_down,K  <-  W_down,K + W_down,R C_RK (C_KK + lambda I)^-1      compensation (Nystrom)
@@ -50,7 +50,7 @@ def head_importance(sizes: Tensor, o_proj: Tensor, kv_heads: int) -> Tensor:
         sum over their channels c of E|o_c| |W_O,c|
 
     sizes (H*D,) is E|o_c|, with o the input of o_proj. W_O,c, row c of W_O, is column c of o_proj
-    (C, H*D). Paper section 3.3. It leaves open how the vector becomes one number, and what a KV
+    (d, H*D). Paper section 3.3. It leaves open how the vector becomes one number, and what a KV
     head scores: both are sums here.
     """
     return (sizes * o_proj.to(sizes).norm(dim=0)).view(kv_heads, -1).sum(1)
@@ -181,7 +181,7 @@ def nystrom_down(W: Tensor, C: Tensor, keep: Tensor, ridge: float) -> Tensor:
 
 
 def prune_mlp(weights: Weights, keep: Tensor, down: Tensor) -> Weights:
-    """Cut a block to these channels, with `down` (C, K) for its down_proj."""
+    """Cut a block to these channels, with `down` (d, K) for its down_proj."""
     down = down.to(weights["mlp.down_proj.weight"].dtype)
     gate_and_up = {name: weights[name][keep]
                    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight")}
@@ -262,7 +262,7 @@ def prune_channels(block: Weights, xs: Tensor, runner: Runner, ridge: float,
     that width comes back untouched. ValueError if a statistic is not finite.
     """
     keep = keep or runner.config.intermediate_size
-    down = block["mlp.down_proj.weight"]                                    # (C, F)
+    down = block["mlp.down_proj.weight"]                                    # (d, F)
     if down.shape[1] == keep:
         return block, {}
     C = channel_covariance(runner.block(block), xs, runner)                 # (F, F)
@@ -272,7 +272,6 @@ def prune_channels(block: Weights, xs: Tensor, runner: Runner, ridge: float,
     channels = best(scores, keep)
     new_down = nystrom_down(down, C, channels, lam) if compensate else down[:, channels]
     pruned = prune_mlp(block, channels.cpu(), new_down.cpu())
-    check_finite(pruned, "the pruned block")
     members = -(-down.shape[1] // keep)  # rounded up: `keep` need not divide the width
     return pruned, {"channels": by_member(channels.cpu(), keep, members), "ridge": lam,
                     "effective_dimension": float(scores.sum())}

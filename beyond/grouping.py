@@ -2,9 +2,9 @@
 
 Similar inputs say that members could share one. They do not say whether heads and channels can be
 spared, nor whether the rest of the network minds. So damage is measured. Every pair of neighbours,
-and half of the triples, is merged alone for trial. The merge is that of the final run, made from
-less text. The model with that one merge is compared with the dense one. The groups are those of
-least total damage.
+and half of the triples (all, if pairs do not suffice), is merged alone for trial. The merge is that
+of the final run, made from less text. The model with that one merge is compared with the dense one.
+The groups are those of least total damage.
 
 `python -m beyond.refit` does this, unless it gets `--group-by similarity`.
 """
@@ -24,7 +24,7 @@ LARGEST = 3    # blocks in a group
 BUILD = 2**12  # tokens that make trial merges, or four windows if these have more
 JUDGE = 2**10  # tokens that judge them, or two windows
 
-Damage = dict[tuple[int, int], float]  # (first, last) block of a group -> divergence
+Damage = dict[tuple[int, int], float]  # (first, last) block of a group -> KL, nats a token
 
 
 def split(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,10 +86,11 @@ def label_losses(net: Transformer, states: Tensor, targets: Tensor) -> Tensor:
 
 def lesson(loss: str, student: Transformer, teacher: Transformer | None, groups: list[list[int]],
            ids: Tensor, learned: Tensor, done: float = 0.0, checkpointing: bool = False) -> Tensor:
-    """Return one of LOSSES, for ids (B, T) of which the tokens in `learned` (B, T) are predicted.
+    """Return the loss of this name, for ids (B, T) whose tokens in `learned` (B, T) are predicted.
 
     groups[k] are the teacher's blocks that block k stands for; where there are several, the hidden
-    loss compares. `done` is the share of the training that is over.
+    loss compares. `done` is the share of the training that is over. The loss is in nats a token,
+    but in come's first stage a ratio.
     """
     predicting = learned[:, 1:]                                             # (B, T - 1)
 

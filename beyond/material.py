@@ -20,7 +20,7 @@ MOST_PYTHON = 10_000_000  # characters of Python's library
 
 
 def is_json(path: str | None) -> bool:
-    """Tell whether one of --data is a file of instructions."""
+    """Tell whether one of --data is a file of instructions. One of JSON lines is refused later."""
     return str(path).lower().endswith((".json", ".jsonl"))
 
 

@@ -112,7 +112,7 @@ def parse_args() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an earlier result")
     add("--resume", action="store_true", help="go on with a run that was killed, if there is one")
     add("--no-eval", action="store_true", help="do not compare perplexity at the end")
-    args = training_args(parser, None)
+    args = training_args(parser, None, "0.001, with --full or --last 0.0001")
     if args.full and args.last:
         raise ValueError("--full trains everything and --last a part; give one of them")
     if args.rate is None:
@@ -132,7 +132,8 @@ def learn(groups: list[list[int]], texts: list, held_out: list, dtype: torch.dty
         facts = {"dense": judge(teacher)}
         if args.loss == "labels":
             teacher = None  # it has nothing more to say, and takes memory
-        student = load(args.ckpt, args.device, dtype)
+        # Autocast rounds copies; what is stored in more digits keeps them.
+        student = load(args.ckpt, args.device, dtype if dtype == torch.float32 else None)
         unfreeze(student, args)
         teach = partial(lesson, args.loss, student, teacher, groups,
                         checkpointing=args.checkpointing)

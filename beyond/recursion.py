@@ -130,7 +130,7 @@ def main() -> None:
     windows = windows_of(load_tokenizer(source.path).encode(text), args.length, args.max_windows)
     texts, _, about = material.read_lessons(args, source)
     run = {name: getattr(args, name) for name in OPTIONS} | about | {
-        "source": str(source.path), "source_sha256": source.digest()}
+        "source_sha256": source.digest()}
     training.read_state(out, run, {})  # a wrong --out is told before the model is loaded
     net = load(source.path, args.device, compute_dtype(args.dtype, args.device, source.dtype))
     connector = None if args.no_connector or args.passes == 1 else Connector(net)
@@ -152,7 +152,7 @@ def main() -> None:
         result = {"windows": len(windows), "losses": losses, "improved": shares}
         args.rows.parent.mkdir(parents=True, exist_ok=True)
         with open(args.rows, "a") as file:
-            print(json.dumps(run | facts | result), file=file)
+            print(json.dumps({"source": args.ckpt} | run | facts | result), file=file)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from calibrate import measure, read_tokens
 from checkpoint.config import Config
 from checkpoint.reader import Checkpoint, Weights
 from checkpoint.writer import Writer
-from console.forecast import flattening, stream
+from console.forecast import BATCH_TOKENS, flattening, stream
 from console.options import describe_run
 from console.picture import check_pictures
 from console.report import explain
@@ -258,8 +258,7 @@ def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, targe
 
     def start(u: Tensor, t: Tensor) -> list:
         mix, unmix, overlaps = mixer(n := norm(u.to(dtype)))
-        ones = torch.ones_like(n[:, 0, :1])  # ones^T overlaps: the sum over windows
-        return [(unmix(t - mix(proj(n))), n), (n, n), (ones, overlaps())]
+        return [(unmix(t - mix(proj(n))), n), (n, n), overlaps()]
 
     def curvature(D: Tensor) -> Tensor:
         def products(u: Tensor) -> list:
@@ -268,7 +267,7 @@ def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, targe
         return means(runner, [xs], products)[0]
     slope, G, overlaps = means(runner, [xs, target], start)
     heads = writes.in_features // proj.out_features  # that share a value
-    overlaps = overlaps[0].view(-1, heads, heads)
+    overlaps = overlaps.view(-1, heads, heads)
     value_factors = own_curvature(writes.weight.detach(), overlaps, ridge)
     input_factor, _ = ridged(G, ridge)
 
@@ -319,12 +318,11 @@ class Fit:
         that enters the group.
         """
         runner, inputs = self.runner, []
-        self.members, self.middles = members, []
+        self.middles = []
         if len(members) == 1 and not self.fit_alone:
             runner.run_block(members[0], self.dense)
             return members[0], {}
-        # What attention should add: first what xs lacks already, then what each member adds.
-        target = self.dense.to(sum_dtype(runner.dtype)) - xs
+        target = self.lacking(xs)  # and what each member adds
         for member in members:
             inputs.append(few(self.dense))
             attend_and_add(member, self.dense, target, runner)
@@ -354,13 +352,17 @@ class Fit:
         wide = block | {name: tensor for name, tensor in flatten_blocks(members).items()
                         if name.startswith("mlp.")}
         members = self.members = []  # together larger than the wide block, which is needed only
-        target = self.dense.to(sum_dtype(runner.dtype)) - xs
+        target = self.lacking(xs)
         if "dense" not in self.parts:
             target = xs.clone()
             runner.update(target, runner.block(wide).feed)
         weights, channels = self.fit_channels(wide, xs, target)
         of_members = by_member(channels, runner.config.intermediate_size, len(self.middles))
         return weights, {"channels": of_members}
+
+    def lacking(self, xs: Tensor) -> Tensor:
+        """Return what the stream xs (N, T, C) lacks of the dense one here, in float32 or better."""
+        return self.dense.to(sum_dtype(self.runner.dtype), copy=True).sub_(xs)
 
     def aligned(self, norm_name: str, xs: Tensor, own: list[Tensor]) -> list[Weights]:
         """Align what reads this norm in the members (step 1). Returns the members.
@@ -390,13 +392,12 @@ class Fit:
         if "values" in self.parts:
             block = precise(weights, runner)
             attention = block.self_attn
-            V = self.new_values(attention.v_proj, attention.o_proj, xs, target,
-                                block.input_layernorm,
-                                lambda n: mix_heads(attention, n, runner.rope))
+            V = self.fitted_values(attention.v_proj, attention.o_proj, xs, target,
+                                   block.input_layernorm,
+                                   lambda n: mix_heads(attention, n, runner.rope))
             weights[V_PROJ] = stored(V.T, wide[V_PROJ])
         problem = self.regression(head_features(weights, runner), xs, target, "head", AGAIN)
         weights[O_PROJ] = stored(fit(W, *problem), wide[O_PROJ])
-        check_finite(weights, FIT)
         return weights, heads
 
     def fit_channels(self, wide: Weights, xs: Tensor, target: Tensor) -> tuple[Weights, Tensor]:
@@ -411,12 +412,11 @@ class Fit:
         if "values" in self.parts:
             block = precise(weights, runner)
             mlp = block.mlp
-            V = self.new_values(mlp.up_proj, mlp.down_proj, xs, target,
-                                block.post_attention_layernorm, lambda n: mix_channels(mlp, n))
+            V = self.fitted_values(mlp.up_proj, mlp.down_proj, xs, target,
+                                   block.post_attention_layernorm, lambda n: mix_channels(mlp, n))
             weights[UP_PROJ] = stored(V.T, wide[UP_PROJ])
         problem = self.regression(channel_features(weights, runner), xs, target, "channel", AGAIN)
         weights[DOWN_PROJ] = stored(fit(W, *problem), wide[DOWN_PROJ])
-        check_finite(weights, FIT)
         return weights, channels.cpu()
 
     def heads_that_stay(self, wide: Weights, xs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -464,8 +464,8 @@ class Fit:
             W, channels = W[stay], channels[stay]
         return channels, W
 
-    def new_values(self, proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, target: Tensor,
-                   norm: RMSNorm, mixer: Callable) -> Tensor:
+    def fitted_values(self, proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor,
+                      target: Tensor, norm: RMSNorm, mixer: Callable) -> Tensor:
         """Return new_values (step 3) by at most ENOUGH tokens of xs and target (N, T, C)."""
         xs, target = few(xs, ENOUGH), few(target, ENOUGH)
         ridge = ridge_of(proj.in_features, xs, self.ridge)
@@ -491,19 +491,20 @@ def refit_groups(source, groups: list[list[int]], xs: Tensor, runner: Runner, ri
                  **options) -> Iterator[tuple[Weights, dict]]:
     """Do what flatten.merge_groups does, with the fit. Yields blocks and reports.
 
-    `options` are those of Fit. A report also holds the error against the dense model's stream. Both
-    models are the same below the first group that is merged, so one stream is enough there.
+    `options` are those of Fit, but not `keep`. A report also holds the error against the dense
+    model's stream. Both models are the same below the first group that is merged, so one stream is
+    enough there.
     """
     first = next((k for k, group in enumerate(groups) if len(group) > 1), len(groups))
     yield from merge_groups(source, groups[:first], xs, runner, *keep_wide())
-    fit = Fit(xs.clone(), runner, ridge, **options)
-    blocks = merge_groups(source, groups[first:], xs, runner, fit.attention, fit.mlp)
+    fitted = Fit(xs.clone(), runner, ridge, **options)
+    blocks = merge_groups(source, groups[first:], xs, runner, fitted.attention, fitted.mlp)
     for group in groups[first:]:
         start = probe(xs)
         block, report = next(blocks)
         if len(group) > 1:
             n = len(start)
-            report["error_refit"] = relative_error(xs[:n], fit.dense[:n], start)
+            report["error_refit"] = relative_error(xs[:n], fitted.dense[:n], start)
         yield block, report
 
 
@@ -515,8 +516,8 @@ def try_merges(source, tokens: Tensor, runner: Runner, merges: int, largest: int
     grouping.damages.
     """
     def trial(dense: Tensor) -> tuple[Callable, Callable]:
-        fit = Fit(dense, runner, ridge, **options)
-        return fit.attention, fit.mlp
+        fitted = Fit(dense, runner, ridge, **options)
+        return fitted.attention, fitted.mlp
     largest, mine = min(largest, merges + 1), parallel.share(tokens)
     needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, largest)
     needs["streams of trials"] = (source.config.num_hidden_layers - 1) * stream(
@@ -532,14 +533,18 @@ def fitting(config: Config, samples: int, length: int, itemsize: int, width: int
         streams         the dense one, the compressed one and, in float32, what is missing
         a few windows   of what enters and leaves each member's attention, and of two streams
         wide block      and the channels of it that are compared
-        solve           in float64, two matrices over these channels and four of what they write,
-                        or, if larger, the attention patterns of one window, twice, or a batch
+        solve           in float64, two matrices over these channels (or over what all heads hand
+                        to o_proj, if that is more) and four of what they write; or, if larger,
+                        a batch, or its attention patterns, twice
     """
     kept = min(int(SHORTLIST * config.intermediate_size), width * config.intermediate_size)
-    patterns = 2 * config.num_attention_heads * length ** 2 * max(itemsize, 4)
+    features = max(kept, width * config.num_attention_heads * config.head_dim)
+    read = min(max(BATCH_TOKENS, length), samples * length)  # tokens of a batch
+    patterns = 2 * config.num_attention_heads * length * read * max(itemsize, 4)
     windows = stream(config, min(FEW, samples), length, itemsize)
     parts = flattening(config, samples, length, itemsize, width)
-    solve = max(16 * kept * (kept + 2 * config.hidden_size), patterns, parts.pop("batch"))
+    batch = parts.pop("batch")
+    solve = max(16 * features * (features + 2 * config.hidden_size), patterns, batch)
     parts["wide block"] *= 2
     parts["streams"] = 2 * parts["streams"] + stream(config, samples, length, max(itemsize, 4))
     return parts | {"a few windows": 2 * (width + 1) * windows, "solve": solve}

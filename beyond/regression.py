@@ -2,7 +2,7 @@
 
 A regression z V ~ t is known by A = E[z^T z] (n, n) and B = E[z^T t] (n, C). These are means over
 tokens, as large for a long text as for a short one. A ridge pulls each solution towards weights W
-that are there already. `factor` is always the Cholesky factor of A + ridge I. Everything is
+that are there already. An argument `factor` is the Cholesky factor of A + ridge I. Everything is
 float64. Of A only the lower triangle is ever read.
 """
 from collections.abc import Callable, Sequence
@@ -28,11 +28,10 @@ def means(runner: Runner, streams: Sequence[Tensor], terms: Callable) -> list[Te
 
 def mean_squares(runner: Runner, xs: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the mean over tokens of z^2, (n,), for the features z (..., n) of the stream xs."""
-    def sum_of_squares(u: Tensor) -> list:
+    def squares(u: Tensor) -> list:
         z = features(u)
-        ones = torch.ones_like(u[..., :1])
-        return [(ones, z.to(sum_dtype(z.dtype)).square())]  # ones^T z^2 is the sum over tokens
-    return means(runner, [xs], sum_of_squares)[0][0]
+        return [z.to(sum_dtype(z.dtype)).square()]
+    return means(runner, [xs], squares)[0]
 
 
 # ---- solutions
@@ -78,15 +77,15 @@ def alignment(cross: Tensor, factor: Tensor, ridge: float) -> Tensor:
 def remove(V: Tensor, P: Tensor, rows: Tensor) -> None:
     """Make these rows of V (n, C) zero, and let the others adapt, in place.
 
-    V minimises tr(V^T A V) - 2 tr(V^T B), and P (n, n) is A^-1; regularised, A + ridge I stands for
-    A. Afterwards V minimises it over the rows that remain, and P is the inverse of their part of A,
-    with zeros in the removed rows and columns. This is the step of the optimal brain surgeon
-    (Hassibi and Stork 1993), for several rows at once.
+    V is what `fit` returns, and P (n, n) is (A + ridge I)^-1. Afterwards V is the best fit by the
+    rows that remain, and P the inverse of their part of A + ridge I, with zeros in the removed rows
+    and columns. This is the step of the optimal brain surgeon (Hassibi and Stork 1993), for several
+    rows at once.
     """
-    factor = regularized_cholesky(P[rows][:, rows], 0.0)
+    pivot = regularized_cholesky(P[rows][:, rows], 0.0)
     back, P_rows = P[:, rows], P[rows]
-    V.addmm_(back, torch.cholesky_solve(V[rows], factor), alpha=-1)
-    P.addmm_(back, torch.cholesky_solve(P_rows, factor), alpha=-1)
+    V.addmm_(back, torch.cholesky_solve(V[rows], pivot), alpha=-1)
+    P.addmm_(back, torch.cholesky_solve(P_rows, pivot), alpha=-1)
     V[rows], P[rows], P[:, rows] = 0.0, 0.0, 0.0
 
 
@@ -117,8 +116,8 @@ def eliminate_units(V: Tensor, P: Tensor, size: int, keep: int) -> Tensor:
     return left[:, 0].cpu() // size
 
 
-def cheapest(V: Tensor, P: Tensor, count: int) -> Tensor:
-    """Return the first `count` rows that go if rows of V (n, C) are removed one after the other.
+def cheapest(V: Tensor, P: Tensor, most: int) -> Tensor:
+    """Return the first `most` rows that go if rows of V (n, C) are removed one after the other.
 
     The rule is exact: the row of least cost goes, all others adapt, and so on. The cost of row i is
 
@@ -128,7 +127,7 @@ def cheapest(V: Tensor, P: Tensor, count: int) -> Tensor:
     because the costs need nothing else.
     """
     M, rows = V @ V.T, torch.arange(0, device=V.device)
-    for _ in range(count):
+    for _ in range(most):
         cost = (M.diagonal() / P.diagonal()).index_fill_(0, rows, torch.inf)  # gone already
         i = cost.argmin(keepdim=True)  # (1,) on the device, which need not wait for us to read it
         rows = torch.cat([rows, i])
@@ -167,12 +166,12 @@ def eliminate(V: Tensor, P: Tensor, keep: int, steps: int = STEPS) -> Tensor:
 
         # Append to R what makes these rows of P - R^T R zero.
         new = torch.addmm(P[rows], past[:, rows].T, past, alpha=-1)         # (batch, n)
-        factor = regularized_cholesky(new[:, rows], 0.0)
-        new = torch.linalg.solve_triangular(factor, new, upper=False)
+        pivot = regularized_cholesky(new[:, rows], 0.0)
+        new = torch.linalg.solve_triangular(pivot, new, upper=False)
         R[len(gone):len(gone) + batch] = new
 
         # Let the other rows of V adapt.
-        change = torch.linalg.solve_triangular(factor, V[rows], upper=False)
+        change = torch.linalg.solve_triangular(pivot, V[rows], upper=False)
         V.addmm_(new.T, change, alpha=-1)
         diagonal -= new.square().sum(0)
         gone = torch.cat([gone, rows])

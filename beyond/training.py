@@ -125,21 +125,23 @@ def train(teach: Callable, net: nn.Module, texts: list, path: Path, run: dict, f
     return facts
 
 
-def training_args(parser: argparse.ArgumentParser, rate: float | None) -> argparse.Namespace:
-    """Add what every training needs to a parser, with `rate` as a default, and read the arguments.
+def training_args(parser: argparse.ArgumentParser, rate: float | None,
+                  rates: str = "%(default)s") -> argparse.Namespace:
+    """Add what every training needs to a parser, and read the arguments.
 
-    ValueError for impossible values.
+    `rate` is the default of --rate, and `rates` says so in words. ValueError for impossible values.
     """
     add = parser.add_argument
     add("--ckpt", required=True, help="the model to train")
     add("--data", nargs="+",
-        help="texts as for flatten.py, or for a recovery JSON files of instructions (objects with "
-             "instruction, input, output), in equal shares; the last twentieth of each is held out")
+        help="texts as for flatten.py, but not self; for a recovery also JSON files of "
+             "instructions (objects with instruction, input, output); in equal shares, and the "
+             "last twentieth of each is held out")
     add("--out", type=Path, help="result (default: in out/, named after the model)")
     for name, value in {"steps": 500, "batch": 16, "length": 512, "seed": 0}.items():
         add(f"--{name}", type=int, default=value, help="default %(default)s")
     add("--rate", type=float, default=rate,
-        help="largest learning rate (default: 0.001, with --full or --last 0.0001)")
+        help=f"largest learning rate (default: {rates})")
     add_device_options(parser)
     args = parser.parse_args()
     if (min(args.steps, args.batch) < 1 or args.length < 2
@@ -179,7 +181,7 @@ def alone(path: Path, hint: str) -> Iterator[None]:
                 print(f"{path} has the run up to its last save; {hint}", file=sys.stderr)
             raise
         finally:
-            lock.unlink()
+            lock.unlink(missing_ok=True)
 
 
 def save_state(path: Path, run: dict, facts: dict, state: Weights) -> None:
@@ -214,13 +216,6 @@ def read_state(path: Path, run: dict, state: Weights) -> dict:
                 if new.shape != tensor.shape or not new.isfinite().all():
                     raise KeyError(name)
                 tensor.copy_(new)
-        curve = facts.get("held_out", [[0, 0.0]])
-        numbers = [facts["seconds"], facts.get("dense", 0.0), *(n for pair in curve for n in pair)]
-        counts = [type(facts["steps"]), type(facts["tokens"]), *(len(pair) for pair in curve)]
-        if (counts != [int, int] + [2] * (len(curve) or 1) or not all(map(math.isfinite, numbers))
-                or not 0 < facts["steps"] <= written["steps"] or facts["tokens"] < 1
-                or facts["seconds"] < 0):
-            raise KeyError("its facts")
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
             ValueError) as error:
         raise ValueError(f"{path} cannot be read as the state of a run ({error}); choose another "

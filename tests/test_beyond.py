@@ -10,7 +10,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-import flatten
 from beyond import grouping, refit, regression
 from checkpoint.reader import Checkpoint
 from compare.network import Network
@@ -557,9 +556,3 @@ def test_a_refitted_checkpoint_opens_everywhere_and_can_be_repeated(ckpt, text_f
 def test_groups_by_damage_are_at_most_three(ckpt, cli):
     code, _, err = cli(refit.main, "--ckpt", ckpt, "--max-group", 4)
     assert code == 2 and "at most 3" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("option", [["--refit"], ["--group-by=damage"], ["--group-by", "damage"]])
-def test_flatten_names_the_command_to_which_its_old_options_moved(ckpt, cli, option):
-    code, _, err = cli(flatten.main, "--ckpt", ckpt, *option)
-    assert code == 2 and "python -m beyond.refit" in err and err.count("\n") == 1

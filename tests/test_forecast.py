@@ -51,6 +51,7 @@ def test_the_memory_of_the_fit_written_out():
         "a few windows": 3_221_225_472,                               # 2 * 3 * 32 * 2048 * 4096 * 2
         "solve": 6_526_599_168}                                       # 16 * 16512 * (16512 + 8192)
     assert refit.fitting(LLAMA2_7B, 128, 8192, 2, 2)["solve"] == 17_179_869_184  # 2 * 32 * 2^26 * 4
+    assert refit.fitting(LLAMA2_7B, 128, 2048, 2, 5)["solve"] == 9_395_240_960   # heads: 20480
 
 
 @pytest.mark.parametrize("script, options, passes", [

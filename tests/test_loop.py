@@ -262,7 +262,7 @@ def test_what_is_trained_is_saved_and_the_same_command_judges_it_again(train, tm
     assert any("q_proj.A" in name for name in names) == ("--lora" in options)
     assert not any("embed_tokens" in name or "frozen" in name for name in names)
     assert run["source_sha256"] == beyond.recursion.Checkpoint(ckpt).digest()
-    assert run["source"] == str(ckpt) and facts["tokens"] == 4 * 3 * 16
+    assert facts["tokens"] == 4 * 3 * 16
     again = train(*options, "--judge", 3)[1]
     assert again.startswith(out) and len(cells(again)) == len(cells(out)) + 1 == 4
     assert [path] == list(path.parent.iterdir())

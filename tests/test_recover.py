@@ -360,6 +360,16 @@ def test_the_first_step_is_saved_at_once_and_the_next_ones_later(small, tmp_path
         assert json.loads(file.metadata()["facts"])["steps"] == 1
 
 
+@pytest.mark.parametrize("part", [[], ["--full"]])
+def test_bfloat16_keeps_the_digits_that_are_stored(small, tmp_path, part):
+    """A tiny step moves no weight by as much as rounding it to bfloat16 would."""
+    assert small("--dtype", "bfloat16", "--steps", 1, "--rate", "1e-9", *part)[0] == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors")
+                     for name in ("small", "recovered"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-6)
+
+
 def test_bfloat16_learns_and_leaves_alone_what_it_does_not_train(small, tmp_path):
     code, _, err = small("--dtype", "bfloat16", "--last", 1, "--rate", "1e-2")
     assert code == 0, err
@@ -395,24 +405,14 @@ def test_a_broken_state_is_one_line(small, tmp_path):
     assert code == 2 and "cannot be read" in err and err.count("\n") == 1
 
 
-def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
-        small, tmp_path, monkeypatch):
+def test_a_state_of_other_tensors_is_refused_and_another_spelling_is_not(small, tmp_path,
+                                                                         monkeypatch):
     killed(monkeypatch, 4, small)
     path = tmp_path / "killed.unfinished"
     good = path.read_bytes()
     with safe_open(path, "pt") as file:
         meta = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    facts = json.loads(meta["facts"])
-    for wrong in ([], {}, facts | {"steps": 99}, facts | {"steps": -3}, facts | {"dense": "x"},
-                  facts | {"held_out": [3]}, facts | {"steps": 4.0}, facts | {"steps": True},
-                  facts | {"held_out": []}, facts | {"held_out": "abc"}, facts | {"tokens": 0.5},
-                  facts | {"seconds": math.inf}, facts | {"held_out": [["x", 2.0]]},
-                  facts | {"held_out": [[1]]}, facts | {"held_out": [[0, 1, 2]]},
-                  facts | {"tokens": -5}, facts | {"seconds": -9.0}):
-        save_file(tensors, path, meta | {"facts": json.dumps(wrong)})
-        code, _, err = small("--resume", out="killed")
-        assert code == 2 and "cannot be read" in err and err.count("\n") == 1
     name, tensor = next((name, t) for name, t in tensors.items() if t.dim() == 2)
     for wrong in (tensor * math.nan, tensor[:, :1].clone()):
         save_file(tensors | {name: wrong}, path, meta)

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 
-import evaluate
 from checkpoint.reader import Checkpoint
 from compare import zeroshot
 from compare.tasks import TASKS, Item, items
@@ -309,8 +308,3 @@ def test_lines_are_counted_as_in_the_file_and_choices_are_told_apart(tmp_path):
         path.write_text(f"\n{json.dumps(ROWS['arc_easy'])}\n\n{row}\n")
         with pytest.raises(ValueError, match="line 4 is not a"):
             items("arc_easy", tmp_path)
-
-
-def test_evaluate_names_the_command_to_which_tasks_moved(ckpt, tmp_path, cli):
-    code, _, err = cli(evaluate.main, "--ckpt", ckpt, "--tasks", "piqa", "--data", tmp_path)
-    assert code == 2 and "python -m compare.zeroshot" in err and err.count("\n") == 1
