@@ -65,7 +65,7 @@ def correspondence(student: Checkpoint, teacher: Checkpoint) -> tuple[dict, list
         groups, sound = [], False
     blocks = [i for group in groups for i in group]
     if (not sound or blocks != list(range(teacher.config.num_hidden_layers))
-            or len(groups) != student.config.num_hidden_layers or len(groups) == len(blocks)):
+            or len(groups) != student.config.num_hidden_layers):
         raise ValueError(f"{path} does not say which of the teacher's blocks each block stands "
                          "for; recovery is for models made by joining neighbours or leaving "
                          "blocks out")
@@ -148,6 +148,9 @@ def main() -> None:
     record, groups = correspondence(source, dense)
     if not 0 <= args.last <= len(groups):
         raise ValueError(f"--last {args.last}: the model has {len(groups)} blocks")
+    if args.loss in ("hidden", "come") and all(len(group) == 1 for group in groups):
+        raise ValueError(f"--loss {args.loss} compares joined blocks, and {source.path} has none; "
+                         "give --loss labels or kl")
     if args.loss == "come" and args.last and all(len(g) == 1 for g in groups[-args.last:]):
         raise ValueError(f"--loss come trains joined blocks, and none of the last {args.last} is "
                          "one; leave out --last")

@@ -6,6 +6,9 @@ command of this project, which the row records. Finished rows are kept in OUT/re
 repeated. OUT also gets table.md and, with matplotlib, loss.svg: held-out loss against tokens.
 --dtype is what training computes in. Judging is in float32.
 
+`--bases dense` is a control: what the dense model itself gains by as much training. Only labels
+teach it anything.
+
     python -m compare.recovery --ckpt demo/checkpoint --data python --steps 80 --batch 4
 """
 import argparse
@@ -24,8 +27,9 @@ import torch
 
 import console
 from checkpoint.reader import Checkpoint
-from compare.harness import commit
+from compare.harness import commit, save
 from compare.judge import spread
+from compare.network import Network
 from compare.tables import summary
 from console import command, progress
 from console.options import DEFAULT_DEVICE, compute_dtype
@@ -34,7 +38,7 @@ from model import load
 from text.tokenizer import load_tokenizer
 from text.wikitext import evaluation_text, held_out_text
 
-BASES = ("dropped", "paper", "fit")
+BASES = ("dense", "dropped", "paper", "fit")
 RECIPES = {  # options of beyond.recover
     "none": {},
     "labels, LoRA": {"loss": "labels"},
@@ -78,6 +82,9 @@ def compress(base: str, seed: int, args: argparse.Namespace) -> Path:
         run("-m compare", **shared, methods="shortgpt", ratios=args.ratio, seeds=seed + 1,
             windows=1, save=folder / "shortgpt", out=folder / "shortgpt-results")
         (folder / "shortgpt" / f"{source.name}-shortgpt-{args.ratio}-{seed}").rename(out)
+    elif base == "dense":
+        save(Network.of(source), source, out,
+             {"groups": [{"blocks": [i]} for i in range(source.config.num_hidden_layers)]})
     else:
         script = "flatten.py" if base == "paper" else "-m beyond.refit --group-by similarity"
         run(script, **shared, ratio=args.ratio, seed=seed, out=out, no_eval=True)
@@ -189,11 +196,13 @@ def figure(rows: list[dict], out: Path) -> str:
     except ImportError:
         return "no figure: it needs matplotlib (pip install matplotlib)"
     trained = [row for row in rows if "held_out" in row]
+    bases = [base for base in BASES if any(row["base"] == base for row in trained)]
     if not trained:
         return "nothing to draw"
     matplotlib.rcParams["svg.hashsalt"] = "flattengpt"  # the same drawing, the same bytes
-    fig, axes = plt.subplots(1, len(BASES), figsize=(11, 3.6), sharey=True, layout="constrained")
-    for ax, base in zip(axes, BASES, strict=True):
+    fig, (axes,) = plt.subplots(1, len(bases), figsize=(2 + 3 * len(bases), 3.6), sharey=True,
+                                layout="constrained", squeeze=False)
+    for ax, base in zip(axes, bases, strict=True):
         for number, recipe in enumerate(RECIPES):
             curves = [row["held_out"] for row in trained
                       if (row["base"], row["recipe"]) == (base, recipe)]
@@ -220,7 +229,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--also", nargs="+", default=[], metavar="FILE",
                         help="other texts to judge on")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of parameters to remove")
-    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES, help="default: all")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES[1:],
+                        help="default: all but dense")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES),
                         metavar="RECIPE", help=f"default: all ({'; '.join(RECIPES)})")
     for name, value in {"seeds": 1, "samples": 64, "length": 256, "steps": 500, "batch": 16,

@@ -630,4 +630,8 @@ def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_pat
     assert code == 0 and out.count("| paper |") == 2, err
     code, _, err = cli(compare.recovery.main, *options, "--steps", 3)
     assert code == 2 and "other settings" in err
+    code, out, err = cli(compare.recovery.main, *options, "labels, LoRA", "--bases", "dense")
+    assert code == 0 and "| dense | labels, LoRA | 64 |" in out, err
+    code, _, err = cli(compare.recovery.main, *options, "KL + hidden, LoRA", "--bases", "dense")
+    assert code == 2 and "give --loss labels or kl" in err and err.count("\n") == 1
     assert rows[1]["held_out"][-1][0] == 64 and (tmp_path / "out" / "table.md").is_file()
