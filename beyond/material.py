@@ -49,11 +49,13 @@ def read_lesson(path: str | None, tokenizer: Tokenizer, stop: tuple[int, ...],
             ids = torch.tensor([*tokenizer.encode(whole), *stop[:1]][:length])
             texts += [(ids, asked)] if asked < len(ids) else []
     except (TypeError, KeyError, AttributeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: expected one JSON list of objects with the texts instruction, "
-                         f"input and output ({where}{type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: expected one JSON list (not JSON lines) of objects with the "
+                         "texts instruction, input and output "
+                         f"({where}{type(error).__name__}: {error})") from None
     if len(texts) < 20:
         raise ValueError(f"{path} has {len(texts)} instructions whose questions are shorter than "
-                         f"--length {length}, and at least 20 are needed, of which one judges")
+                         f"--length {length}, and at least 20 are needed, of which one judges; "
+                         "give more, or a larger --length")
     return texts, file.name
 
 
@@ -62,7 +64,7 @@ def question_of(row: dict[str, str]) -> str:
 
     KeyError, TypeError or AttributeError if they are not texts.
     """
-    asked, about = row["instruction"].strip(), row.get("input", "").strip()
+    asked, about = row["instruction"].strip(), (row.get("input") or "").strip()
     middle = f"### Input:\n{about}\n\n" if about else ""
     return f"### Instruction:\n{asked}\n\n{middle}### Response:\n"
 

@@ -147,7 +147,8 @@ def main() -> None:
     source, dense = Checkpoint(args.ckpt), Checkpoint(args.teacher)
     record, groups = correspondence(source, dense)
     if not 0 <= args.last <= len(groups):
-        raise ValueError(f"--last {args.last}: the model has {len(groups)} blocks")
+        raise ValueError(f"--last must be between 0 and the model's {len(groups)} blocks; got "
+                         f"{args.last}")
     if args.loss in ("hidden", "come") and all(len(group) == 1 for group in groups):
         raise ValueError(f"--loss {args.loss} compares joined blocks, and {source.path} has none; "
                          "give --loss labels or kl")
@@ -155,6 +156,7 @@ def main() -> None:
         raise ValueError(f"--loss come trains joined blocks, and none of the last {args.last} is "
                          "one; leave out --last")
     dtype = compute_dtype(args.dtype, args.device, source.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
     out = args.out or Path("out") / f"{source.name}-recovered"
     check_output(out, dense.path, args.overwrite)
     no_text = args.no_eval or is_json((args.data or [None])[0])

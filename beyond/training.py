@@ -148,6 +148,8 @@ def training_args(parser: argparse.ArgumentParser, rate: float | None,
             or max(args.steps, args.batch * args.length) > MOST):
         raise ValueError("--steps and --batch must be at least 1, --length at least 2, and --steps "
                          f"and --batch times --length at most {MOST:,}")
+    if wikitext.SELF in (args.data or []):
+        raise ValueError(f"--data {wikitext.SELF} is for calibration; to train give another text")
     if not (args.rate is None or 0 < args.rate <= 1) or not 0 <= args.seed < 2**31:
         raise ValueError("--rate must be positive and at most 1, and --seed between 0 and 2^31; "
                          f"got {args.rate} and {args.seed}")

@@ -6,8 +6,8 @@ command of this project, which the row records. Finished rows are kept in OUT/re
 repeated. OUT also gets table.md and, with matplotlib, loss.svg: held-out loss against tokens.
 --dtype is what training computes in. Judging is in float32.
 
-`--bases dense` is a control: what the dense model itself gains by as much training. Only labels
-teach it anything.
+`--bases dense` is a control: what the dense model itself gains by as much training. It has rows for
+recipes with labels only, for it is its own teacher.
 
     python -m compare.recovery --ckpt demo/checkpoint --data python --steps 80 --batch 4
 """
@@ -61,10 +61,15 @@ def run(script: str, **options) -> str:
     root = Path(__file__).parents[1]
     line = command(script, **{name.replace("_", "-"): value for name, value in options.items()})
     line = line.replace(f"{root}{os.sep}", "")  # rows are published: no place on this machine
-    done = subprocess.run([sys.executable, *shlex.split(line)[1:]], capture_output=True,
-                          text=True, cwd=root)
-    if done.returncode:
-        raise ValueError(f"{line} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    with subprocess.Popen([sys.executable, *shlex.split(line)[1:]], cwd=root, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            _, errors = process.communicate()
+        except KeyboardInterrupt:
+            process.terminate()  # and wait until it has tidied up
+            raise
+    if process.returncode:
+        raise ValueError(f"{line} failed: {(errors.strip().splitlines() or ['?'])[-1]}")
     return line
 
 
@@ -96,7 +101,7 @@ def cell(key: Key, args: argparse.Namespace, judged: dict[str, torch.Tensor]) ->
     base, recipe, seed = key
     path, row = compress(base, seed, args), {}
     if RECIPES[recipe]:
-        out = args.models / "recovered"
+        out = path.parent / "recovered"
         out.with_name("recovered.unfinished").unlink(missing_ok=True)  # of a run that was killed
         line = run("-m beyond.recover", ckpt=path, teacher=args.ckpt, data=args.data,
                    **RECIPES[recipe], rate=args.rates["LoRA" in recipe], steps=args.steps,
@@ -108,6 +113,11 @@ def cell(key: Key, args: argparse.Namespace, judged: dict[str, torch.Tensor]) ->
     return {"base": base, "recipe": recipe, "seed": seed, "commit": commit(), "tokens": 0,
             "seconds": 0.0, **row, "loss": judge(path, judged, args.device),
             "settings": settings(args)}
+
+
+def teaches(base: str, recipe: str, seed: int) -> bool:
+    """Tell whether a row says anything: the dense model as its own teacher does not."""
+    return base != "dense" or RECIPES[recipe].get("loss") == "labels"
 
 
 def judge(path: str | Path, judged: dict[str, torch.Tensor], device: str) -> dict[str, float]:
@@ -250,6 +260,9 @@ def parse_args() -> argparse.Namespace:
     if min(counts) < 1 or args.length < 2 or not 0 < args.ratio < 1:
         raise ValueError("--ratio must lie between 0 and 1, --length be at least 2, and all other "
                          "counts at least 1")
+    if not all(rate is None or 0 < rate <= 1 for rate in (args.rate, args.lora_rate)):
+        raise ValueError("--rate and --lora-rate must be positive and at most 1; got "
+                         f"{args.rate} and {args.lora_rate}")
     dtype = compute_dtype(args.dtype, args.device, Checkpoint(args.ckpt).dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     args.models, args.out = args.models.absolute(), args.out.absolute()
@@ -269,7 +282,8 @@ def main() -> None:
     rows = read_rows(path, settings(args))
     dense = judge(args.ckpt, judged, args.device)
     done = {(row["base"], row["recipe"], row["seed"]) for row in rows}
-    left = [key for key in product(args.bases, args.recipes, range(args.seeds)) if key not in done]
+    left = [key for key in product(args.bases, args.recipes, range(args.seeds))
+            if key not in done and teaches(*key)]
     for folder in (args.out, args.models):
         folder.mkdir(parents=True, exist_ok=True)
     for key in progress(left, "recovery: rows", len(left)):

@@ -228,7 +228,7 @@ def test_lora_adds_a_scaled_product():
 # ---- text
 
 def test_of_an_instruction_only_the_answer_is_learned(ckpt, tmp_path):
-    rows = [{"instruction": f"say {k}", "input": "abc" if k % 2 else "", "output": "gh"}
+    rows = [{"instruction": f"say {k}", "input": "abc" if k % 2 else None, "output": "gh"}
             for k in range(40)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
@@ -256,11 +256,11 @@ def test_texts_take_turns_and_a_seed_decides_all():
 
 
 @pytest.mark.parametrize("content, words", [
-    ("[]", "0 instructions"), ('{"a": 1}', "list of objects"), ("[1, 2]", "list of objects"),
-    ('[{"instruction": "a", "output": 3}]', "list of objects"), ("{", "list of objects"),
-    ('[{"instruction": 3, "output": "a"}]', "list of objects"), ("[" * 9999, "list of objects"),
-    ('[{"instruction": "a", "input": null, "output": "b"}]', "list of objects"),
-    ('[{"instruction": "\\ud800", "output": "b"}]', "list of objects"),
+    ("[]", "0 instructions"), ('{"a": 1}', "JSON list"), ("[1, 2]", "JSON list"),
+    ('[{"instruction": "a", "output": 3}]', "JSON list"), ("{", "JSON list"),
+    ('[{"instruction": 3, "output": "a"}]', "JSON list"), ("[" * 9999, "JSON list"),
+    ('[{"instruction": "a", "input": 3, "output": "b"}]', "JSON list"),
+    ('[{"instruction": "\\ud800", "output": "b"}]', "JSON list"),
     ('[{"output": "x"}]', "KeyError: 'instruction'"),
     ('[{"instruction": "a", "output": "b"}, {}]', "({}: KeyError"),
     ('[{"instruction": "a", "output": "b"}]', "0 instructions whose questions are shorter")])
@@ -530,9 +530,10 @@ def test_a_teacher_is_not_overwritten_and_wide_blocks_are_refused(ckpt, tmp_path
 @pytest.mark.parametrize("options, words", [
     (["--full", "--last", "2"], "give one of them"),
     (["--steps", "0"], "must be at least 1"),
-    (["--last", "9"], "has 3 blocks"),
+    (["--last", "9"], "between 0 and the model's 3 blocks"),
     (["--ckpt", "nowhere"], "nowhere"),
-    (["--data", "nowhere.json"], "no such file"),
+    (["--data", "nowhere.json"], "no such file"), (["--data", "/dev/zero"], "no such file"),
+    (["--data", "self"], "give another text"),
     (["--batch", "100000000000"], "at most"), (["--steps", "1000000000000"], "at most"),
     (["--rate", "nan"], "--rate must be positive"),
     (["--length", "100000"], "fewer than twenty windows"),
@@ -630,8 +631,9 @@ def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_pat
     assert code == 0 and out.count("| paper |") == 2, err
     code, _, err = cli(compare.recovery.main, *options, "--steps", 3)
     assert code == 2 and "other settings" in err
-    code, out, err = cli(compare.recovery.main, *options, "labels, LoRA", "--bases", "dense")
-    assert code == 0 and "| dense | labels, LoRA | 64 |" in out, err
-    code, _, err = cli(compare.recovery.main, *options, "KL + hidden, LoRA", "--bases", "dense")
-    assert code == 2 and "give --loss labels or kl" in err and err.count("\n") == 1
+    code, out, err = cli(compare.recovery.main, *options, "labels, LoRA", "KL, LoRA", "--bases",
+                         "dense")
+    assert code == 0 and "| dense | labels, LoRA | 64 |" in out and "| dense | KL" not in out, err
+    code, _, err = cli(compare.recovery.main, *options, "--lora-rate", -1)
+    assert code == 2 and "--lora-rate must be positive" in err and err.count("\n") == 1
     assert rows[1]["held_out"][-1][0] == 64 and (tmp_path / "out" / "table.md").is_file()

@@ -166,7 +166,7 @@ def find(data: str | None) -> Path:
     That is downloaded if it is not there yet.
     """
     if data is not None:
-        if not Path(data).exists():
+        if not (Path(data).is_file() or Path(data).is_dir()):  # a device or a pipe may never end
             raise ValueError(f"{data}: no such file or folder; expected a folder with "
                              f"wiki.*.raw, a text file, or {ZIP_NAME}")
         return Path(data)
