@@ -104,7 +104,7 @@ def parse_args() -> argparse.Namespace:
                             __doc__)
     add = parser.add_argument
     add("--teacher", required=True, help="the dense model that --ckpt was made of")
-    add("--loss", choices=LOSSES, default="hidden", help="default: %(default)s")
+    add("--loss", choices=LOSSES, default="kl", help="default: %(default)s")
     add("--last", type=int, default=0, metavar="N",
         help="train the last N blocks, the final norm and the head, without LoRA")
     add("--full", action="store_true", help="train everything, without LoRA")

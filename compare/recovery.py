@@ -187,7 +187,7 @@ def table(rows: list[dict], dense: dict[str, float]) -> str:
             values.append(summary([math.exp(row["loss"][text]) for row in same]))
             values.append(summary([row["loss"][text] - dense[text] for row in same], 4))
         reached = [tokens_to(row["held_out"], fit[row["seed"]]) for row in same
-                   if base != "fit" and "held_out" in row and row["seed"] in fit]
+                   if base not in ("dense", "fit") and "held_out" in row and row["seed"] in fit]
         known = [tokens for tokens in reached if tokens is not None]
         when = ("" if not reached else f"{statistics.mean(known):,.0f}"
                 if len(known) == len(reached) else "not reached")
