@@ -115,7 +115,7 @@ def cell(key: Key, args: argparse.Namespace, judged: dict[str, torch.Tensor]) ->
             "settings": settings(args)}
 
 
-def teaches(base: str, recipe: str, seed: int) -> bool:
+def teaches(base: str, recipe: str) -> bool:
     """Tell whether a row says anything: the dense model as its own teacher does not."""
     return base != "dense" or RECIPES[recipe].get("loss") == "labels"
 
@@ -283,7 +283,9 @@ def main() -> None:
     dense = judge(args.ckpt, judged, args.device)
     done = {(row["base"], row["recipe"], row["seed"]) for row in rows}
     left = [key for key in product(args.bases, args.recipes, range(args.seeds))
-            if key not in done and teaches(*key)]
+            if key not in done and teaches(*key[:2])]
+    if not rows and not left:
+        raise ValueError("nothing to do: --bases dense has rows for recipes with labels only")
     for folder in (args.out, args.models):
         folder.mkdir(parents=True, exist_ok=True)
     for key in progress(left, "recovery: rows", len(left)):

@@ -634,6 +634,13 @@ def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_pat
     code, out, err = cli(compare.recovery.main, *options, "labels, LoRA", "KL, LoRA", "--bases",
                          "dense")
     assert code == 0 and "| dense | labels, LoRA | 64 |" in out and "| dense | KL" not in out, err
+    dense, = (tmp_path / "models").glob("*/dense-0")
+    for loss in ("hidden", "come"):
+        code, _, err = cli(beyond.recover.main, "--ckpt", dense, "--teacher", ckpt, "--data",
+                           text_file, "--loss", loss, "--length", 16)
+        assert code == 2 and "compares joined blocks" in err and err.count("\n") == 1
+    code, _, err = cli(compare.recovery.main, *options, "--bases", "dense", "--out", tmp_path / "no")
+    assert code == 2 and "nothing to do" in err and err.count("\n") == 1
     code, _, err = cli(compare.recovery.main, *options, "--lora-rate", -1)
     assert code == 2 and "--lora-rate must be positive" in err and err.count("\n") == 1
     assert rows[1]["held_out"][-1][0] == 64 and (tmp_path / "out" / "table.md").is_file()
