@@ -639,7 +639,8 @@ def test_the_comparison_compresses_trains_and_goes_on_where_it_was(ckpt, tmp_pat
         code, _, err = cli(beyond.recover.main, "--ckpt", dense, "--teacher", ckpt, "--data",
                            text_file, "--loss", loss, "--length", 16)
         assert code == 2 and "compares joined blocks" in err and err.count("\n") == 1
-    code, _, err = cli(compare.recovery.main, *options, "--bases", "dense", "--out", tmp_path / "no")
+    code, _, err = cli(compare.recovery.main, *options, "--bases", "dense", "--out",
+                       tmp_path / "no")
     assert code == 2 and "nothing to do" in err and err.count("\n") == 1
     code, _, err = cli(compare.recovery.main, *options, "--lora-rate", -1)
     assert code == 2 and "--lora-rate must be positive" in err and err.count("\n") == 1
