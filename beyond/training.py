@@ -218,6 +218,13 @@ def read_state(path: Path, run: dict, state: Weights) -> dict:
                 if new.shape != tensor.shape or not new.isfinite().all():
                     raise KeyError(name)
                 tensor.copy_(new)
+        curve = facts.get("held_out", [[0, 0.0]])
+        numbers = [facts["seconds"], facts.get("dense", 0.0), *(n for pair in curve for n in pair)]
+        counts = [type(facts["steps"]), type(facts["tokens"]), *(len(pair) for pair in curve)]
+        if (counts != [int, int] + [2] * (len(curve) or 1) or not all(map(math.isfinite, numbers))
+                or not 0 < facts["steps"] <= written["steps"] or facts["tokens"] < 1
+                or facts["seconds"] < 0):
+            raise KeyError("its facts")
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError,
             ValueError) as error:
         raise ValueError(f"{path} cannot be read as the state of a run ({error}); choose another "

@@ -405,14 +405,24 @@ def test_a_broken_state_is_one_line(small, tmp_path):
     assert code == 2 and "cannot be read" in err and err.count("\n") == 1
 
 
-def test_a_state_of_other_tensors_is_refused_and_another_spelling_is_not(small, tmp_path,
-                                                                         monkeypatch):
+def test_a_state_with_impossible_facts_is_refused_and_another_spelling_is_not(
+        small, tmp_path, monkeypatch):
     killed(monkeypatch, 4, small)
     path = tmp_path / "killed.unfinished"
     good = path.read_bytes()
     with safe_open(path, "pt") as file:
         meta = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = json.loads(meta["facts"])
+    for wrong in ([], {}, facts | {"steps": 99}, facts | {"steps": -3}, facts | {"dense": "x"},
+                  facts | {"held_out": [3]}, facts | {"steps": 4.0}, facts | {"steps": True},
+                  facts | {"held_out": []}, facts | {"held_out": "abc"}, facts | {"tokens": 0.5},
+                  facts | {"seconds": math.inf}, facts | {"held_out": [["x", 2.0]]},
+                  facts | {"held_out": [[1]]}, facts | {"held_out": [[0, 1, 2]]},
+                  facts | {"tokens": -5}, facts | {"seconds": -9.0}):
+        save_file(tensors, path, meta | {"facts": json.dumps(wrong)})
+        code, _, err = small("--resume", out="killed")
+        assert code == 2 and "cannot be read" in err and err.count("\n") == 1
     name, tensor = next((name, t) for name, t in tensors.items() if t.dim() == 2)
     for wrong in (tensor * math.nan, tensor[:, :1].clone()):
         save_file(tensors | {name: wrong}, path, meta)
