@@ -210,9 +210,10 @@ def size(raw: dict, field: str, default: int | None = None) -> int:
 def rope(raw: dict) -> tuple[float, dict | None]:
     """Read rope_theta and rope_scaling (None for plain RoPE).
 
-    They are old fields of these names, or lie in the newer rope_parameters.
+    They are old fields of these names, or lie in the newer rope_parameters. Where both are filled,
+    transformers reads rope_scaling only: people add it by hand for longer texts.
     """
-    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     scaling = raw.get(field) or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise ValueError(f"{field} must be one flat object for all blocks; "

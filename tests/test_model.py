@@ -95,6 +95,18 @@ def test_the_older_layout_of_config_gives_the_same_model(pair, tmp_path):
     assert_same_logits(net, tmp_path)
 
 
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 500000.0}])
+def test_of_both_layouts_in_one_config_the_older_counts_as_in_transformers(tmp_path, theta):
+    cfg = transformers.LlamaConfig(**SMALL)
+    transformers.LlamaForCausalLM(cfg).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | theta
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    raw["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same_logits(net, tmp_path)
+
+
 def test_greedy_generation_equals_transformers_with_and_without_cache(pair):
     assert_same_continuation(*pair, random_ids(3, 300, 1, 20, seed=2))
 

@@ -418,11 +418,11 @@ BOS_FIRST = {
 }
 
 
-def oracle(folder, config, **files):
+def oracle(folder, config, model_type="llama", **files):
     """What transformers makes of a folder, after the files are written into it."""
     transformers = pytest.importorskip("transformers")
     for name, content in {
-        "config": {"model_type": "llama"},
+        "config": {"model_type": model_type},
         "tokenizer_config": config,
         **files,
     }.items():
@@ -539,6 +539,17 @@ def test_a_tokenizer_json_with_byte_fallback_is_read_as_transformers_does(
 ):
     reference = oracle(tmp_path, config, tokenizer=small_json | change)
     check_like(reference, load_tokenizer(tmp_path), [*TEXTS, *random_texts(30, seed=11)])
+
+
+def test_a_wide_checkpoint_is_read_as_the_family_it_was_made_of(tmp_path, small_json):
+    prepend = {"pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": PREPEND}}
+    llama = oracle(tmp_path, {"tokenizer_class": "LlamaTokenizer"}, tokenizer=small_json | prepend)
+    mistral = oracle(tmp_path, {"tokenizer_class": "LlamaTokenizer"}, "mistral")
+    assert llama(" abc")["input_ids"] != mistral(" abc")["input_ids"]
+    check_like(mistral, load_tokenizer(tmp_path), TEXTS)
+    wide = {"model_type": "flattened_wide", "base_model_type": "mistral"}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    check_like(mistral, load_tokenizer(tmp_path), TEXTS)
 
 
 @real

@@ -16,7 +16,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from checkpoint.config import read_json, refuse_pointer
+from checkpoint.config import WIDE, read_json, refuse_pointer
 from text.added import Added, added_token, splitter
 from text.sentencepiece_json import SPACES_AS_THEY_ARE, sentencepiece_model
 
@@ -81,6 +81,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     for name in ("tokenizer_config", "special_tokens_map", "added_tokens", "tokenizer", "config"):
         path = folder / f"{name}.json"
         settings[name] = read_json(path) if path.is_file() else {}
+    if settings["config"].get("model_type") == WIDE:
+        settings["config"]["model_type"] = settings["config"].get("base_model_type", "")
     models = [folder / "tokenizer.model", *sorted(folder.glob("*.tiktoken"))]
     for path in filter(Path.is_file, models):
         refuse_pointer(path)
