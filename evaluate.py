@@ -209,6 +209,15 @@ def perplexity(path: str | Path, text: str, window: int = 2048, limit: int | Non
     return Score(float(result), len(ids), len(windows), seconds)
 
 
+def too_long(source: Checkpoint, window: int) -> str:
+    """Return a remark if windows are longer than the texts that a model was made for, else ""."""
+    context = source.config.max_position_embeddings
+    if not context or window <= context:
+        return ""
+    return (f"{source.name} was made for texts of at most {context} tokens; "
+            f"these windows have {window}")
+
+
 def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
             limit: int | None = None, device: str = "cpu", dtype: str | None = None,
             stream: bool = False) -> list[float]:
@@ -232,10 +241,8 @@ def compare(paths: list[str | Path], text: str, name: str, window: int = 2048,
         print(f"| {source.name} | {parameters:,} | {source.config.num_hidden_layers} | "
               f"{size / 1e6:,.1f} MB | {score.perplexity:.4f} | "
               f"{score.windows * window / score.seconds:,.0f} |", flush=True)
-        context = source.config.max_position_embeddings
-        if context and window > context:
-            notes.append(f"({source.name} was made for texts of at most {context} tokens; "
-                         f"these windows have {window})")
+        if remark := too_long(source, window):
+            notes.append(f"({remark})")
         subset = f", SUBSET: the first {score.windows} windows only" if limit else ""
         notes.append(f"({name}: {score.tokens} tokens, {score.windows} windows of {window}"
                      f"{subset})")

@@ -50,7 +50,7 @@ from console.options import (
 from console.page import page
 from console.picture import add_picture_options, check_pictures, draw
 from console.report import explain, row
-from evaluate import compare, probe, relative_error, sample, through, windows_of
+from evaluate import compare, probe, relative_error, sample, through, too_long, windows_of
 from model import Runner, check_finite, embed, sum_dtype
 from prune import of_block, prune_attention, prune_channels, prune_heads, prune_mlp
 from text.tokenizer import load_tokenizer
@@ -417,6 +417,8 @@ def start_runner(source: Checkpoint, args: argparse.Namespace, text: str) -> Run
     dtype = compute_dtype(args.dtype, args.device, source.dtype, solves=True)
     print(f"{source.path}: {source.config.num_hidden_layers} blocks, calibrated on "
           f"{args.samples} x {args.length} tokens of {text}")
+    if remark := too_long(source, args.length):
+        print(f"{remark} (--length)")
     return Runner(source.config, args.length, args.device, dtype)
 
 

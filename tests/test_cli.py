@@ -286,6 +286,16 @@ def test_perplexity_is_compared_at_the_end_and_explain_says_more(tmp_path, ckpt,
     assert "effective dimensions" in out and "text.txt, last 10%" in out
 
 
+@pytest.mark.parametrize("script", [flatten, refit, evaluate])
+@pytest.mark.parametrize("context, told", [(31, True), (32, False), (None, False)])
+def test_windows_longer_than_the_models_context_are_told(tmp_path, run, script, context, told):
+    folder = tiny.checkpoint(tmp_path / "tiny", max_position_embeddings=context)
+    out = run(script.main, "--ckpt", folder, *(["--window", 32] if script is evaluate else
+                                              [*SHORT, "--out", tmp_path / "out"]))
+    remark = "tiny was made for texts of at most 31 tokens; these windows have 32"
+    assert (remark in out) == told
+
+
 def test_a_model_in_a_hub_cache_gives_its_name_to_outputs_and_rows(tmp_path, ckpt, run,
                                                                    monkeypatch):
     monkeypatch.chdir(tmp_path)
