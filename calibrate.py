@@ -43,7 +43,7 @@ from model import (
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.wikitext import SELF, cache_folder, calibration_text, complete
 
-ENOUGH = 2**14  # tokens of the text tell how alike its streams are
+MEASURED = 2**14  # tokens of the text tell how alike its streams are
 SAMPLE = 2048  # of these, tokens on which streams that are not neighbours are compared
 PIECES = 32    # of that sample: their differences tell the error of S
 TOGETHER = 16  # windows that the model writes at a time, for --data self
@@ -87,8 +87,8 @@ def cosine_sums(states: list[Tensor]) -> Tensor:
 
 
 def windows_measured(N: int, T: int) -> int:
-    """Return how many of N windows of T tokens are measured: ENOUGH tokens, at least one window."""
-    return max(1, min(N, ENOUGH // T))
+    """Return how many of N windows of T tokens are measured: one, or at most MEASURED tokens."""
+    return max(1, min(N, MEASURED // T))
 
 
 def spread(tokens: int) -> Tensor:
@@ -126,8 +126,8 @@ def mean_cosines(streams: list[Tensor], pieces: Tensor,
                         for rows in own]).cpu().double()                    # (PIECES, n, n)
     mean = parallel.total(sums).sum(0) / counts.sum()
     scatter = (sums - mean * counts[:, None, None]).square().sum(0)
-    n = int(counts.count_nonzero())
-    error = (scatter * n / (n - 1)).sqrt() / counts.sum() if n > 1 else mean * torch.nan
+    used = int(counts.count_nonzero())
+    error = (scatter * used / (used - 1)).sqrt() / counts.sum() if used > 1 else mean * torch.nan
     return mean, error
 
 
@@ -135,11 +135,11 @@ def mean_cosines(streams: list[Tensor], pieces: Tensor,
 def measure(source: Checkpoint, tokens: Tensor, runner: Runner) -> Measurement:
     """Pass windows of tokens (N, T) through all L blocks and measure.
 
-    Means over tokens need no more than ENOUGH of them, so of a longer text some windows are taken,
-    evenly spread. They pass through a block before the next one is read, so every block is read
-    once. Streams that are neighbours are at hand together, and compared on all these tokens. For
-    the others, L + 1 streams are kept, but only of a SAMPLE of tokens, spread over the windows. The
-    memory is that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers.
+    Means over tokens need no more than MEASURED of them, so of a longer text some windows are
+    taken, evenly spread. They pass through a block before the next one is read, so every block is
+    read once. Streams that are neighbours are at hand together, and compared on all these tokens.
+    For the others, L + 1 streams are kept, but only of a SAMPLE of tokens, spread over the windows.
+    The memory is that of one stream, N T C numbers, and of the sample, (L + 1) SAMPLE C numbers.
     ValueError names a block that holds or makes NaN or infinity.
     """
     L, outer = source.config.num_hidden_layers, source.outer()
@@ -290,8 +290,9 @@ def opening(tokenizer: Tokenizer, config: dict) -> int:
 def write(net: Transformer, starts: Tensor, length: int, seed: int) -> Tensor:
     """Let a model write windows (n, length) of text. Each begins with its start, of starts (n, 1).
 
-    Tokens are drawn at TEMPERATURE. After an end of text the model goes on with another one. Chance
-    is that of a batch, so windows depend on TOGETHER. Several processes share the batches.
+    Tokens are drawn at TEMPERATURE. After an end of text the model goes on with another one. Each
+    batch of TOGETHER windows is drawn with a seed of its own, so another TOGETHER would write other
+    text. Several processes share the batches.
     """
     ids = torch.zeros(len(starts), length, dtype=torch.long)
     rows = torch.arange(len(starts)).split(TOGETHER)

@@ -2,8 +2,11 @@
 
 Neighbouring blocks read almost the same input. So let them read exactly the same one:
 
-    one after the other    x1 = x + B1(x),  y = x1 + B2(x1)
-    side by side           y ~ x + B1(x) + B2(x)      one block with the heads and channels of both
+    one after the other    x1 = x + A1(x)   x2 = x1 + M1(x1)   x3 = x2 + A2(x2)   y = x3 + M2(x3)
+    side by side           x' = x + A1(x) + A2(x)              y ~ x' + M1(x') + M2(x')
+
+A is a block's attention and M its MLP, each with its norm. The second line is one block with the
+heads and channels of both.
 
 1. measure   S, how alike the inputs of the blocks are               calibrate.py  measure
 2. group     join, again and again, the neighbours most alike        flatten.py    select_groups
@@ -347,9 +350,9 @@ def plan(source: Checkpoint, args: argparse.Namespace, kind: str, ridge: float, 
          largest: int | None = None) -> int:
     """Check what can be known to fail before the long work. Returns the number of merges.
 
-    Completes the options: `kind` is a part of the default output's name, `ridge` the default ridge,
-    `largest` the most blocks that a group may have. Without it they are as many as memory allows:
-    memory(config, samples, length, itemsize, width) says what it takes to merge `width` blocks.
+    Completes the options: `kind` is a part of the default output's name, `ridge` the default ridge.
+    Groups have at most `largest` blocks, if given, and no more than memory allows: memory(config,
+    samples, length, itemsize, width) says what it takes to merge `width` blocks.
     """
     check_flattenable(source)
     defaults(args, {"ridge": ridge})
@@ -422,6 +425,18 @@ def start_runner(source: Checkpoint, args: argparse.Namespace, text: str) -> Run
     return Runner(source.config, args.length, args.device, dtype)
 
 
+def entering(source: Checkpoint, tokens: Tensor, runner: Runner, memory: Callable,
+             width: int) -> Tensor:
+    """Return the stream (N, T, C) that enters block 0: of tokens (N, T) or this process's share.
+
+    It lies where merges of `width` blocks leave room for it. memory(config, samples, length,
+    itemsize, width) says what they take.
+    """
+    mine = parallel.share(tokens)
+    needs = memory(source.config, *mine.shape, runner.dtype.itemsize, width)
+    return runner.home(embed(source.outer(), mine, runner.dtype), needs)
+
+
 def conclude(source: Checkpoint, args: argparse.Namespace, record: dict, S: Tensor) -> None:
     """Print what was written, and the perplexity of the dense model and of the result.
 
@@ -472,10 +487,7 @@ def main() -> None:
         runner = start_runner(source, args, text)
         S = measure(source, tokens, runner).S                           # (L, L)
         groups = select_groups(S, merges, args.max_group or len(S))
-        mine = parallel.share(tokens)                                   # all, in one process
-        needs = memory(source.config, *mine.shape, runner.dtype.itemsize, max(map(len, groups)))
-        xs = embed(source.outer(), mine, runner.dtype)                  # (N, T, C), enters block 0
-        xs = runner.home(xs, needs)
+        xs = entering(source, tokens, runner, memory, max(map(len, groups)))    # (N, T, C)
         halves = keep_wide() if args.keep_wide else paper(runner, args.ridge)
         blocks = merge_groups(source, groups, xs, runner, *with_errors(*halves, runner))
         reports = new_reports(groups, S)
@@ -530,10 +542,7 @@ def prune_wide(source: Checkpoint, args: argparse.Namespace) -> None:
         tokens, text = read_tokens(source.path, args)
         runner = start_runner(source, args, text)
         check_finite(source.outer(), "outside the blocks")
-        mine = parallel.share(tokens)
-        needs = forecast.pruning(source.config, *mine.shape, runner.dtype.itemsize,
-                                 max(source.config.widths))
-        xs = runner.home(embed(source.outer(), mine, runner.dtype), needs)
+        xs = entering(source, tokens, runner, forecast.pruning, max(source.config.widths))
         groups = [[i] for i in range(len(source.config.widths))]
         halves = with_errors(*paper(runner, args.ridge), runner)
         blocks = merge_groups(source, groups, xs, runner, *halves)

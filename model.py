@@ -310,7 +310,7 @@ def move(weights: Weights, device: str | torch.device, dtype: torch.dtype) -> We
 # ---- running blocks over the streams of a whole text
 
 def batches(xs: Tensor, tokens: int | None = None) -> Iterator[slice]:
-    """Cut the N windows of xs (N, T, ...) into slices of about BATCH_TOKENS, or `tokens`, tokens.
+    """Cut the N windows of xs (N, T, ...) into slices of about `tokens` tokens each (BATCH_TOKENS).
 
     Without any windows there is one empty slice, so that sums over them still have a shape.
     """

@@ -123,7 +123,7 @@ def regularized_cholesky(C: Tensor, ridge: float) -> Tensor:
 
 
 def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
-    """Return the ridge leverage of each channel, (F,) in float64, from C (F, F). All in [0, 1).
+    """Return the ridge leverage of each channel, (F,) in float64, from C (F, F). All in [0, 1].
 
         s_i = [C (C + ridge I)^-1]_ii = 1 - ridge [(C + ridge I)^-1]_ii
 
@@ -132,7 +132,7 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
     rounding must not lift it above that.
     """
     alive = C.diagonal().double().sign()  # 1, or 0 for a channel that never fires
-    if ridge == 0:
+    if ridge == 0:  # also if no channel ever fires: see absolute_ridge
         return alive
     return alive * (1 - ridge * inverse_diagonal(regularized_cholesky(C, ridge)))
 
@@ -193,7 +193,7 @@ def prune_mlp(weights: Weights, keep: Tensor, down: Tensor) -> Weights:
 def head_sizes(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     """Return E|o_c| for each channel c that heads hand to o_proj, (H*D,).
 
-    xs (N, T, C) is the stream that enters the block.
+    xs (N, T, d) is the stream that enters the block.
     """
     def sizes(x: Tensor) -> list[Tensor]:
         return [block.self_attn.heads(block.input_layernorm(x), runner.rope).abs()]
@@ -204,7 +204,7 @@ def head_sizes(block: Block, xs: Tensor, runner: Runner) -> Tensor:
 def channel_covariance(block: Block, xs: Tensor, runner: Runner) -> Tensor:
     """Return C = E[psi psi^T], (F, F). The mean of psi is not subtracted.
 
-    xs (N, T, C) is the stream that has passed the block's attention.
+    xs (N, T, d) is the stream that has passed the block's attention.
     """
     def products(x: Tensor) -> list[tuple[Tensor, Tensor]]:
         psi = block.mlp.channels(block.post_attention_layernorm(x))
@@ -213,7 +213,7 @@ def channel_covariance(block: Block, xs: Tensor, runner: Runner) -> Tensor:
 
 
 def score_heads(block: Weights, xs: Tensor, runner: Runner) -> Tensor:
-    """Score each KV head of a block on the stream xs (N, T, C) that enters it.
+    """Score each KV head of a block on the stream xs (N, T, d) that enters it.
 
     ValueError if a score is not finite.
     """
@@ -228,7 +228,7 @@ def score_heads(block: Weights, xs: Tensor, runner: Runner) -> Tensor:
 def prune_heads(block: Weights, xs: Tensor, runner: Runner) -> tuple[Weights, dict]:
     """Cut the attention of a wide block to ordinary width. Returns the block and what it kept.
 
-    xs (N, T, C) is the stream that enters the block; it stays as it is. A block of ordinary width
+    xs (N, T, d) is the stream that enters the block; it stays as it is. A block of ordinary width
     comes back untouched. ValueError if a statistic is not finite.
     """
     config = runner.config
@@ -256,12 +256,13 @@ def prune_channels(block: Weights, xs: Tensor, runner: Runner, ridge: float,
                    keep: int | None = None) -> tuple[Weights, dict]:
     """Cut the MLP of a wide block to ordinary width. Returns the block and what it kept.
 
-    xs (N, T, C) is the stream that has passed the block's attention; it stays as it is. `ridge` is
+    xs (N, T, d) is the stream that has passed the block's attention; it stays as it is. `ridge` is
     in mean eigenvalues of C. The other channels are folded into those that stay, unless
     compensate=False. `keep` asks for another number of channels than the ordinary one. A block of
     that width comes back untouched. ValueError if a statistic is not finite.
     """
-    keep = keep or runner.config.intermediate_size
+    ordinary = runner.config.intermediate_size
+    keep = keep or ordinary
     down = block["mlp.down_proj.weight"]                                    # (d, F)
     if down.shape[1] == keep:
         return block, {}
@@ -272,9 +273,8 @@ def prune_channels(block: Weights, xs: Tensor, runner: Runner, ridge: float,
     channels = best(scores, keep)
     new_down = nystrom_down(down, C, channels, lam) if compensate else down[:, channels]
     pruned = prune_mlp(block, channels.cpu(), new_down.cpu())
-    members = -(-down.shape[1] // keep)  # rounded up: `keep` need not divide the width
-    return pruned, {"channels": by_member(channels.cpu(), keep, members), "ridge": lam,
-                    "effective_dimension": float(scores.sum())}
+    return pruned, {"channels": by_member(channels.cpu(), ordinary, down.shape[1] // ordinary),
+                    "ridge": lam, "effective_dimension": float(scores.sum())}
 
 
 def by_member(indices: Tensor, size: int, width: int) -> list[list[int]]:

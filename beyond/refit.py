@@ -61,6 +61,7 @@ from flatten import (
     READS,
     add_options,
     conclude,
+    entering,
     flatten_blocks,
     fold_norms,
     foretell,
@@ -79,7 +80,6 @@ from model import (
     RMSNorm,
     Runner,
     check_finite,
-    embed,
     move,
     sum_dtype,
 )
@@ -351,7 +351,7 @@ class Fit:
         members = self.aligned("post_attention_layernorm.weight", xs, self.middles)
         wide = block | {name: tensor for name, tensor in flatten_blocks(members).items()
                         if name.startswith("mlp.")}
-        members = self.members = []  # together larger than the wide block, which is needed only
+        members = self.members = []  # freed: they are larger than the wide block, and done with
         target = self.lacking(xs)
         if "dense" not in self.parts:
             target = xs.clone()
@@ -512,8 +512,7 @@ def try_merges(source, tokens: Tensor, runner: Runner, merges: int, largest: int
                ridge: float = RIDGE, **options) -> Damage:
     """Measure the damage of groups that refit_groups would merge with this ridge and these options.
 
-    Groups have at most `largest` blocks, and no more than `merges` merges can join. See
-    grouping.damages.
+    Groups have at most min(largest, merges + 1) blocks. See grouping.damages.
     """
     def trial(dense: Tensor) -> tuple[Callable, Callable]:
         fitted = Fit(dense, runner, ridge, **options)
@@ -570,12 +569,14 @@ def main() -> None:
     by_damage = args.group_by == "damage"
     merges = plan(source, args, "refit", RIDGE, fitting, LARGEST if by_damage else None)
     if args.dry_run:
-        largest = min(args.max_group, merges + 1) if by_damage else 1  # group to try
+        passes = 2  # to measure and to merge
         if by_damage:
-            print(f"first, {source.config.num_hidden_layers - 1} pairs of neighbours "
-                  f"{'and half or all of the triples ' if largest > 2 else ''}are merged for "
-                  "trial, each on little text; not with --group-by similarity")
-        return foretell(source, args, merges, fitting, passes=1 + largest)
+            largest = min(args.max_group, merges + 1)
+            passes += largest - 1  # one for each size of group
+            triples = "and half or all of the triples " if largest > 2 else ""
+            print(f"first, {source.config.num_hidden_layers - 1} pairs of neighbours {triples}are "
+                  "merged for trial, each on little text; not with --group-by similarity")
+        return foretell(source, args, merges, fitting, passes)
     with Writer(args.out, source, args.overwrite) as writer:
         tokens, name = read_tokens(source.path, args)            # (N, T)
         runner = start_runner(source, args, name)
@@ -585,10 +586,7 @@ def main() -> None:
             groups = least_damage(damage, len(S), merges)
         else:
             damage, groups = {}, select_groups(S, merges, args.max_group or len(S))
-        mine = parallel.share(tokens)                            # all, in one process
-        needs = fitting(source.config, *mine.shape, runner.dtype.itemsize, max(map(len, groups)))
-        xs = embed(source.outer(), mine, runner.dtype)           # (N, T, C), enters block 0
-        xs = runner.home(xs, needs)
+        xs = entering(source, tokens, runner, fitting, max(map(len, groups)))    # (N, T, C)
         blocks = refit_groups(source, groups, xs, runner, args.ridge)
         reports = new_reports(groups, S, damage)
         for block in tell(blocks, source, groups, reports):

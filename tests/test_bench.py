@@ -36,7 +36,7 @@ def test_speed_refuses_in_one_line(options, message, cli, monkeypatch):
 def test_the_fit_of_a_pair_is_timed_next_to_the_papers_pruning(monkeypatch, cli):
     monkeypatch.setitem(speed.SHAPES, "tinyllama", (32, 48, 6, 4, 2, 100))
     seen, observe = [], refit_cost.observe
-    monkeypatch.setattr(calibrate, "ENOUGH", 40)
+    monkeypatch.setattr(calibrate, "MEASURED", 40)
     monkeypatch.setattr(refit_cost, "observe",
                         lambda block, x, rope: seen.append(len(x)) or observe(block, x, rope))
     code, out, err = cli(refit_cost.main, "--samples", 5, "--length", 16)

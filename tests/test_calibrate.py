@@ -119,7 +119,7 @@ def test_similarity_does_not_depend_on_how_the_text_is_cut(ckpt, monkeypatch):
 def test_of_a_long_text_evenly_spread_windows_are_measured(ckpt, monkeypatch):
     tokens, source = random_tokens(13, 16), Checkpoint(ckpt)
     run = tiny.runner(source.config, 16, torch.float32)
-    monkeypatch.setattr(calibrate, "ENOUGH", 5 * 16 + 15)
+    monkeypatch.setattr(calibrate, "MEASURED", 5 * 16 + 15)
     assert calibrate.windows_measured(13, 16) == 5 and calibrate.windows_measured(3, 16) == 3
     assert calibrate.windows_measured(13, 1000) == 1
     assert_close(measure(source, tokens, run).S, measure(source, tokens[[0, 2, 5, 7, 10]], run).S)

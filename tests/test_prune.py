@@ -16,7 +16,9 @@ from prune import (
     inverse_diagonal,
     keep_kv_heads,
     nystrom_down,
+    of_block,
     prune_attention,
+    prune_channels,
     prune_mlp,
     query_heads_of,
     regularized_cholesky,
@@ -266,6 +268,18 @@ def test_a_small_ridge_repairs_the_mlp_on_its_calibration_text():
 
 def test_kept_indices_are_split_by_member():
     assert by_member(torch.tensor([0, 4, 5, 11]), 4, 3) == [[0], [0, 1], [3]]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("keep", [5, 7])
+def test_any_number_of_channels_may_stay_and_is_reported_by_member(members, keep):
+    cfg = tiny.config()
+    run, xs = tiny.runner(cfg, 12), tiny.stream(cfg)
+    wide = flatten_blocks([tiny.block(cfg, i) for i in range(members)])
+    pruned, kept = prune_channels(wide, xs, run, 10.0, compensate=False, keep=keep)
+    channels = of_block(kept["channels"], cfg.intermediate_size)
+    assert len(kept["channels"]) == members and len(channels) == keep
+    assert torch.equal(pruned["mlp.down_proj.weight"], wide["mlp.down_proj.weight"][:, channels])
 
 
 def test_relative_error_is_the_mean_over_tokens_of_what_is_missing():
