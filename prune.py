@@ -28,7 +28,7 @@ from model import Block, Runner, check_finite, count, symmetric
 # ---- heads
 
 def query_heads_of(kv_heads: Tensor, n_rep: int) -> Tensor:
-    """Return the query heads that these KV heads serve.
+    """Return the query heads that these KV heads serve, `n_rep` each.
 
     KV head j serves j*n_rep .. j*n_rep + n_rep-1.
     If n_rep is 4, the KV heads [1, 2] serve [4..11].
@@ -80,7 +80,7 @@ def prune_attention(weights: Weights, kv_heads: Tensor, config: Config) -> Weigh
     The norms on queries and keys (Qwen3) become those of the member whose heads stay.
     """
     D = config.head_dim
-    queries = query_heads_of(kv_heads, config.num_attention_heads // config.num_key_value_heads)
+    queries = query_heads_of(kv_heads, config.n_rep)
     keep = {"q": channels_of(queries, D), "k": channels_of(kv_heads, D),
             "v": channels_of(kv_heads, D)}
     pruned = dict(weights)
@@ -218,8 +218,7 @@ def score_heads(block: Weights, xs: Tensor, runner: Runner) -> Tensor:
     ValueError if a score is not finite.
     """
     o_proj, config = block["self_attn.o_proj.weight"], runner.config
-    query_heads = config.num_attention_heads // config.num_key_value_heads  # of one KV head
-    kv_heads = o_proj.shape[1] // (query_heads * config.head_dim)
+    kv_heads = o_proj.shape[1] // (config.n_rep * config.head_dim)
     sizes = head_sizes(runner.block(block), xs, runner).cpu()
     check_finite({"the head statistics": sizes}, "the streams")
     return head_importance(sizes, o_proj, kv_heads)

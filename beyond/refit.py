@@ -266,8 +266,8 @@ def new_values(proj: torch.nn.Linear, writes: torch.nn.Linear, xs: Tensor, targe
             return [(unmix(mix(n @ D.T.to(dtype))), n)]
         return means(runner, [xs], products)[0]
     slope, G, overlaps = means(runner, [xs, target], start)
-    heads = writes.in_features // proj.out_features  # that share a value
-    overlaps = overlaps.view(-1, heads, heads)
+    sharing = writes.in_features // proj.out_features  # query heads of one value, or 1 channel
+    overlaps = overlaps.view(-1, sharing, sharing)
     value_factors = own_curvature(writes.weight.detach(), overlaps, ridge)
     input_factor, _ = ridged(G, ridge)
 
@@ -425,8 +425,7 @@ class Fit:
         After an elimination the rows have been fitted to the target.
         """
         config, (keep, _) = self.runner.config, self.keep
-        group = config.num_attention_heads // config.num_key_value_heads
-        size = group * config.head_dim                                      # rows of one KV head
+        size = config.n_rep * config.head_dim                               # rows of one KV head
         W = wide[O_PROJ].to(self.runner.device).double().T                  # (H*D, C)
         features = head_features(wide, self.runner)
         if "eliminate" in self.parts:

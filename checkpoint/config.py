@@ -160,6 +160,11 @@ class Config:
         return {"model.embed_tokens.weight": table, "model.norm.weight": (self.hidden_size,),
                 **({} if self.tie_word_embeddings else {"lm_head.weight": table})}
 
+    @property
+    def n_rep(self) -> int:
+        """How many query heads share a KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
     def block_parameters(self) -> int:
         """Count the parameters of one ordinary block."""
         return sum(math.prod(shape) for shape in self.block_shapes().values())

@@ -104,7 +104,7 @@ def kwon(network: Network, n: int, text: Calibration) -> Network:
     """
     config, runner = network.config, text.runner
     heads, channels = narrower(config, n)
-    size = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+    size = config.n_rep * config.head_dim
     dense, xs, blocks = text.embedded(network), text.embedded(network), []
     for weights, of_heads, of_channels in zip(network.blocks, *mask_gradients(network, text),
                                               strict=True):

@@ -183,8 +183,8 @@ def concatenated(members: list[Weights], heads: list[Tensor], channels: list[Ten
     KV heads come with the query heads they serve. Norms are the members' mean, not folded into
     anything, as in CoMe; q_norm and k_norm are averaged by share.
     """
-    D, n_rep = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    queries = [channels_of(query_heads_of(kept, n_rep), D) for kept in heads]
+    D = config.head_dim
+    queries = [channels_of(query_heads_of(kept, config.n_rep), D) for kept in heads]
     keys = [channels_of(kept, D) for kept in heads]
     rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys,
             "gate_proj": channels, "up_proj": channels}

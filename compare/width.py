@@ -36,8 +36,8 @@ def narrower(config: Config, n: int, biases: int = 0) -> tuple[int, int]:
     L, C, D = config.num_hidden_layers, config.hidden_size, config.head_dim
     budget = config.block_parameters() * (L - n) // L - biases
     heads = max(1, round(config.num_key_value_heads * (L - n) / L))
-    group = config.num_attention_heads // config.num_key_value_heads
-    attention = heads * D * (2 * C * group + 2 * C + (group + 2 if config.qkv_bias else 0))
+    n_rep = config.n_rep
+    attention = heads * D * (2 * C * n_rep + 2 * C + (n_rep + 2 if config.qkv_bias else 0))
     norms = 2 * C + (2 * D if config.qk_norm else 0)
     channels = (budget - attention - norms) // (3 * C)
     if channels < 1:
@@ -49,10 +49,9 @@ def narrower(config: Config, n: int, biases: int = 0) -> tuple[int, int]:
 def reshaped(network: Network, blocks: list[Weights], heads: int, channels: int,
              ordinary: bool = True) -> Network:
     """Return the network of these narrower blocks, with a config that says so."""
-    group = network.config.num_attention_heads // network.config.num_key_value_heads
     made = network.with_blocks(blocks, ordinary=ordinary)
-    config = replace(made.config, num_key_value_heads=heads, num_attention_heads=heads * group,
-                     intermediate_size=channels)
+    config = replace(made.config, num_key_value_heads=heads,
+                     num_attention_heads=heads * made.config.n_rep, intermediate_size=channels)
     return replace(made, config=config)
 
 
@@ -178,14 +177,13 @@ def flap(network: Network, n: int, text: Calibration) -> Network:
     """
     config, runner = network.config, text.runner
     heads, channels = narrower(config, n, biases=2 * config.hidden_size)
-    group = config.num_attention_heads // config.num_key_value_heads
 
     def attention(members: list[Weights], xs: Tensor) -> tuple[Weights, dict]:
         o_proj = members[0]["self_attn.o_proj.weight"]
         mean, variance = moments(head_features(members[0], runner), xs, runner)
         scores = fluctuation(variance, o_proj).view(config.num_key_value_heads, -1).mean(1)
         kept = best(scores, heads)
-        queries = channels_of(query_heads_of(kept, group), config.head_dim)
+        queries = channels_of(query_heads_of(kept, config.n_rep), config.head_dim)
         bias = mean_bias(mean, o_proj, queries).to(o_proj.dtype)
         pruned = prune_attention(members[0], kept, config)
         return pruned | {"self_attn.o_proj.bias": bias}, {}

@@ -11,8 +11,7 @@ def kept(group: dict, config: Config) -> dict[str, str]:
     """Return how many heads and channels each member of a pruned group kept, as "1+3"."""
     if "kv_heads" not in group:
         return {}
-    n_rep = config.num_attention_heads // config.num_key_value_heads
-    return {"heads": "+".join(str(len(member) * n_rep) for member in group["kv_heads"]),
+    return {"heads": "+".join(str(len(member) * config.n_rep) for member in group["kv_heads"]),
             "channels": "+".join(str(len(member)) for member in group["channels"])}
 
 
